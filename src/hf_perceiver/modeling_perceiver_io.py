@@ -1,0 +1,735 @@
+"""Perceiver IO: read any input array into latents, think there, answer any output query.
+
+`PerceiverIOModel.forward` is five lines: preprocessor, encoder, output query, decoder, postprocessor.
+Papers: Perceiver IO (arXiv 2107.14795), Perceiver (arXiv 2103.03206). Numbers: deepmind-research perceiver/perceiver.py.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .arrays import InputArray, PerceiverArray, QueryArray
+from .attention import Attention, CrossAttentionLayer, SelfAttentionLayer
+from .configuration_perceiver_io import PerceiverIOConfig
+from .losses import classification_loss, cross_entropy
+from .output_queries import OutputQuery
+from .position_encoding import truncated_normal_
+from .postprocessors import Postprocessor
+from .preprocessors import Preprocessor
+from .registry import OUTPUT_QUERIES, POSTPROCESSORS, PREPROCESSORS
+from .weight_init import align_positions, init_module
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PerceiverIOOutput(ModelOutput):
+    """
+    loss (scalar); last_hidden_state: latents (B, N, D); pooler_output: their mean (B, D); logits: the postprocessor's
+    output, a tensor or a dict by modality; hidden_states: latents before each self-attend and after the last;
+    attentions, cross_attentions: (B, heads, N, M) of every call, with eager attention.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    logits: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class PerceiverIOHeadOutput(ModelOutput):
+    """As PerceiverIOOutput, with the loss and the logits first, as Trainer and the pipelines want them."""
+
+    loss: Tensor | None = None
+    logits: Any = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class PerceiverIOQuestionAnsweringOutput(ModelOutput):
+    """start_logits and end_logits (B, L); the rest as PerceiverIOHeadOutput."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class Encoding:
+    """What an input became: latents (B, N, D), and the input array, which some output queries are made of."""
+
+    latents: Tensor
+    input_array: InputArray
+
+
+class Latents(nn.Module):
+    """The trained start of the latent array: -> (1, N, D)"""
+
+    def __init__(self, config: PerceiverIOConfig):
+        super().__init__()
+        self.init_scale = config.latents_init_scale
+        self.weight = nn.Parameter(torch.empty(config.num_latents, config.d_latents))
+
+    def reset_own_parameters(self) -> None:
+        truncated_normal_(self.weight, self.init_scale)
+
+    def forward(self) -> Tensor:
+        return self.weight[None]
+
+
+class Encoder(nn.Module):
+    """Latents read the input array, then attend to each other: (B, M, C) -> (B, N, D)
+
+    Weights that are used more than once are held once; `plan` says what runs after what.
+    """
+
+    def __init__(self, config: PerceiverIOConfig, input_channels: int):
+        super().__init__()
+        self.latents = Latents(config)
+        reads, blocks = config.weight_indices("cross_attend"), config.weight_indices("block")
+        of_kv = config.cross_attention_shape_for_attention == "kv"
+        self.cross_attends = nn.ModuleList(
+            CrossAttentionLayer(
+                config,
+                query_channels=config.d_latents,
+                context_channels=input_channels,
+                num_heads=config.num_cross_attention_heads,
+                heads_name="num_cross_attention_heads",
+                qk_channels=config.qk_channels or (input_channels if of_kv else config.d_latents),
+                v_channels=config.v_channels,
+                widening_factor=config.cross_attention_widening_factor,
+                use_query_residual=config.use_query_residual,
+                dropout=config.dropout,
+            )
+            for _ in range(max(reads) + 1)
+        )
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(SelfAttentionLayer(config) for _ in range(config.num_self_attends_per_block))
+            for _ in range(max(blocks) + 1)
+        )
+        self.plan: list[tuple[str, int]] = []
+        for position, block in enumerate(blocks):
+            before = [r for r, b in zip(reads, config.cross_attend_before_blocks, strict=True) if b == position]
+            self.plan += [("read", read) for read in before] + [("block", block)]
+
+    def forward(self, input_array: InputArray, latents: Tensor | None = None, **kwargs: Any) -> Tensor:
+        latents = self.latents() if latents is None else latents
+        context, mask = input_array.dense(), input_array.mask()
+        for step, index in self.plan:
+            if step == "read":
+                latents = self.cross_attends[index](latents, context, mask, **kwargs)
+            else:
+                for layer in self.blocks[index]:  # type: ignore[union-attr]
+                    latents = layer(latents, **kwargs)
+        return latents
+
+
+class Decoder(nn.Module):
+    """Output queries read the latents: (B, O, E), (B, N, D) -> (B, O, E)"""
+
+    def __init__(self, config: PerceiverIOConfig, query_channels: int):
+        super().__init__()
+        self.cross_attend = CrossAttentionLayer(
+            config,
+            query_channels=query_channels,
+            context_channels=config.d_latents,
+            num_heads=config.decoder_num_heads,
+            heads_name="decoder_num_heads",
+            # DeepMind's decoders take the latents' width for queries and keys.
+            qk_channels=config.decoder_qk_channels or config.d_latents,
+            v_channels=config.decoder_v_channels,
+            widening_factor=config.decoder_widening_factor,
+            use_query_residual=config.decoder_use_query_residual,
+            dropout=0.0,
+        )
+
+    def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) -> keys and values, once for any number of queries"""
+        return self.cross_attend.project(latents)
+
+    def forward(
+        self, query: Tensor, key_value: tuple[Tensor, Tensor], query_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        return self.cross_attend(query, None, None, query_mask, key_value, **kwargs)
+
+
+class PerceiverIOPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation for every head; see transformers' PreTrainedModel."""
+
+    config: PerceiverIOConfig
+    config_class = PerceiverIOConfig
+    base_model_prefix = "perceiver"
+    main_input_name = "inputs"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = [
+        "SelfAttentionLayer",
+        "CrossAttentionLayer",
+        "TextPreprocessor",
+        "GridPreprocessor",
+        "MultimodalPreprocessor",
+        "MultimodalQuery",
+    ]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": SelfAttentionLayer,
+        "attentions": OutputRecorder(Attention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(Attention, index=1, layer_name="cross_attn"),
+    }
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "encoder.blocks.*.*.self_attn.q_proj": "colwise",
+        "encoder.blocks.*.*.self_attn.k_proj": "colwise",
+        "encoder.blocks.*.*.self_attn.v_proj": "colwise",
+        "encoder.blocks.*.*.self_attn.o_proj": "rowwise",
+        "encoder.blocks.*.*.mlp.up_proj": "colwise",
+        "encoder.blocks.*.*.mlp.down_proj": "rowwise",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_module(module, self.config)
+        if isinstance(module, PerceiverIOModel) and self.config.initializer == "position_aligned":
+            align_positions(module)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, always in this package's own names.
+
+        Trainer reads its checkpoints back without the conversion, so the built-in's names would be lost on resume;
+        `export_builtin` writes what transformers' own Perceiver loads.
+        """
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class PerceiverIOModel(PerceiverIOPreTrainedModel):
+    """The whole model: any preprocessor, encoder, output query, decoder, postprocessor that a config names.
+
+    Without an output query and a postprocessor it stops at the latents.
+    """
+
+    def __init__(self, config: PerceiverIOConfig):
+        super().__init__(config)
+        self.preprocessor: Preprocessor = PREPROCESSORS.build(config.preprocessor, config=config)  # type: ignore[assignment]
+        self.encoder = Encoder(config, self.preprocessor.channels)
+        self.output_query: OutputQuery | None = None
+        self.decoder: Decoder | None = None
+        self.postprocessor: Any = None
+        read_out_channels = config.d_latents
+        if config.output_query is not None:
+            query = OUTPUT_QUERIES.build(config.output_query, config=config, preprocessor=self.preprocessor)
+            self.output_query = query  # type: ignore[assignment]
+            read_out_channels = self.output_query.channels  # type: ignore[union-attr]
+            self.decoder = Decoder(config, read_out_channels)
+        if config.postprocessor is not None:
+            self.postprocessor = POSTPROCESSORS.build(
+                config.postprocessor, config=config, in_channels=read_out_channels, preprocessor=self.preprocessor
+            )
+            reads_latents = getattr(self.postprocessor, "reads_latents", False)
+            if reads_latents != (config.output_query is None):
+                kind = config.postprocessor["kind"]
+                raise ValueError(
+                    f"postprocessor kind {kind!r} reads the latents themselves; set output_query=None"
+                    if reads_latents
+                    else f"postprocessor kind {kind!r} reads decoded queries; give the config an output_query"
+                )
+        self.main_input_name = getattr(self.preprocessor, "main_input_name", "inputs")
+        if getattr(self.postprocessor, "tied", False) and config.tie_word_embeddings:
+            tied = {"postprocessor.output_embedding.weight": "preprocessor.embedding.weight"}
+            self._tied_weights_keys = tied
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return getattr(self.preprocessor, "embedding", None)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.preprocessor.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self.postprocessor, "output_embedding", None)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.postprocessor.output_embedding = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        pixel_values: Tensor | None = None,
+        inputs: Any = None,
+        input_coordinates: Any = None,
+        latents: Tensor | None = None,
+        output_points: Any = None,
+        coordinates: Any = None,
+        chunk_size: int | None = None,
+        interpolate_pos_encoding: bool = False,
+        decode: bool = True,
+        **kwargs: Any,
+    ) -> PerceiverIOOutput:
+        """One of input_ids, pixel_values and inputs -> latents, and the answers to the output query.
+
+        Arguments as in `encode` and `decode`; decode=False stops at the latents.
+        """
+        given = one_input(input_ids=input_ids, pixel_values=pixel_values, inputs=inputs)
+        encoding = self.encode(
+            given,
+            attention_mask=attention_mask,
+            input_coordinates=input_coordinates,
+            latents=latents,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        logits = None
+        if decode and self.postprocessor is not None:
+            logits = self.decode(encoding, output_points, coordinates, chunk_size, **kwargs)
+        return PerceiverIOOutput(
+            last_hidden_state=encoding.latents, pooler_output=encoding.latents.mean(dim=1), logits=logits
+        )
+
+    def encode(
+        self,
+        inputs: Any,
+        attention_mask: Any = None,
+        input_coordinates: Any = None,
+        latents: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> Encoding:
+        """Whatever the preprocessor reads -> latents (B, N, D) and the input array.
+
+        attention_mask (B, M), 1 = valid, or a dict by modality; input_coordinates (M, d) or (B, M, d) in place of the
+        input's grid; latents (N, D) or (B, N, D) in place of the trained ones.
+        """
+        options = {"coordinates": input_coordinates, "interpolate_pos_encoding": interpolate_pos_encoding}
+        options = {name: value for name, value in options.items() if value is not None and value is not False}
+        made = self.preprocessor(inputs, attention_mask, **options)
+        input_array = made if isinstance(made, PerceiverArray) else InputArray.of(made)
+        if latents is not None:
+            latents = latents if latents.ndim == 3 else latents[None]
+            if latents.ndim != 3 or latents.shape[-1] != self.config.d_latents:
+                raise ValueError(f"latents are (batch, N, {self.config.d_latents}), not {tuple(latents.shape)}")
+        z = self.encoder(input_array, latents, **kwargs)
+        return Encoding(latents=z.expand(input_array.batch_size, -1, -1), input_array=input_array)
+
+    def decode(
+        self,
+        encoding: Encoding,
+        output_points: Any = None,
+        coordinates: Any = None,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Ask an encoding: all of the output query, or some of it -> the postprocessor's output.
+
+        output_points: flat indices (n,) or (B, n) into the output grid; coordinates: (n, d) or (B, n, d) in [-1, 1];
+        dicts by modality where there are several. chunk_size: queries decoded at a time, for bounded memory. The
+        latents' keys and values are projected once.
+        """
+        if self.postprocessor is None:
+            raise ValueError("this config has no postprocessor; there is nothing to decode, use encode()")
+        if self.output_query is None or self.decoder is None:
+            return self.postprocessor.read_out(encoding.latents)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is a number of queries from 1, not {chunk_size}")
+        query = QueryArray.of(self.output_query(encoding.input_array, output_points, coordinates))
+        key_value = self.decoder.project(encoding.latents)
+        read_out = getattr(self.postprocessor, "read_out", None)
+        points = {}
+        for name, part in query:
+            chunks = []
+            for start in range(0, part.length, chunk_size or max(part.length, 1)):
+                stop = min(start + (chunk_size or part.length), part.length)
+                mask = None if part.mask is None else part.mask[:, start:stop]
+                decoded = self.decoder(part.dense(start, stop), key_value, mask, **kwargs)
+                chunks.append(decoded if read_out is None else read_out(decoded, name))
+            points[name] = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+        if read_out is None:
+            return self.postprocessor(torch.cat(list(points.values()), dim=1), query)
+        return self.postprocessor.arrange(points, query)
+
+
+class PerceiverIOHead(PerceiverIOPreTrainedModel):
+    """Base of heads: a PerceiverIOModel whose output side is the one this task needs.
+
+    A config made for another head gets this head's defaults in place of what does not fit, and says so once.
+    """
+
+    preprocessor_kinds: ClassVar[tuple[str, ...]] = ()
+    query_kind: ClassVar[str] = ""
+    postprocessor_kinds: ClassVar[tuple[str, ...]] = ()
+    # Options of the postprocessor that make it this head's.
+    postprocessor_options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, config: PerceiverIOConfig):
+        super().__init__(config)
+        self._claim(config)
+        self.perceiver = PerceiverIOModel(config)
+        self.post_init()
+
+    def encode(self, *args: Any, **kwargs: Any) -> Encoding:
+        """See PerceiverIOModel.encode."""
+        return self.perceiver.encode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """See PerceiverIOModel.decode."""
+        return self.perceiver.decode(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.perceiver.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.perceiver.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.perceiver.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.perceiver.set_output_embeddings(value)
+
+    @classmethod
+    def _claim(cls, config: PerceiverIOConfig) -> None:
+        """Write this head's output side into the config where the one there does not fit."""
+        kind = config.preprocessor["kind"]
+        if cls.preprocessor_kinds and kind in PREPROCESSORS.packaged and kind not in cls.preprocessor_kinds:
+            raise ValueError(
+                f"{cls.__name__} reads {' or '.join(cls.preprocessor_kinds)} input, this config's preprocessor is of kind "
+                f"{kind!r}; take a config whose preprocessor fits, for instance from hf_perceiver.recipes"
+            )
+        if cls._fits(config):
+            return
+        old = [(side or {}).get("kind") for side in (config.output_query, config.postprocessor)]
+        config.output_query, config.postprocessor = cls._default_sides(config)
+        new = [(side or {}).get("kind") for side in (config.output_query, config.postprocessor)]
+        logger.warning(
+            f"{cls.__name__}: output query {old[0]!r} and postprocessor {old[1]!r} of the config are for another task; "
+            f"using {new[0]!r} and {new[1]!r}, newly initialised where the checkpoint has no weights for them"
+        )
+
+    @classmethod
+    def _fits(cls, config: PerceiverIOConfig) -> bool:
+        query, post = config.output_query or {}, config.postprocessor or {}
+        if post.get("kind") is not None and post["kind"] not in POSTPROCESSORS.packaged:
+            return True  # a user's own part knows what it is for
+        if post.get("kind") not in cls.postprocessor_kinds:
+            return False
+        if any(post.get(name) != value for name, value in cls.postprocessor_options.items()):
+            return False
+        if post["kind"] == "average":
+            return not query
+        return query.get("kind") == cls.query_kind or query.get("kind") not in {None, *OUTPUT_QUERIES.packaged}
+
+    @classmethod
+    def _default_sides(cls, config: PerceiverIOConfig) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        query = config.output_query
+        if query is None or query.get("kind") != cls.query_kind:
+            query = cls._default_query(config)
+        return query, {"kind": cls.postprocessor_kinds[0], **cls.postprocessor_options}
+
+    @classmethod
+    def _default_query(cls, config: PerceiverIOConfig) -> dict[str, Any]:
+        if cls.query_kind == "tasks":
+            # The width the decoder already has, so that its weights fit.
+            return {"kind": "tasks", "channels": query_width(config)}
+        if cls.query_kind == "position":
+            position = config.preprocessor.get("position")
+            if not position:
+                raise ValueError(
+                    f"{cls.__name__} asks at the input's positions, and this config's preprocessor has none to copy; "
+                    "give the config an output_query"
+                )
+            return {"kind": "position", "position": copy.deepcopy(position), "use_input_mask": True}
+        return {"kind": cls.query_kind}
+
+
+def query_width(config: PerceiverIOConfig) -> int:
+    """Width of the config's output query, or of the latents where it has none."""
+    if config.output_query is None:
+        return config.d_latents
+    with torch.device("meta"):
+        preprocessor = PREPROCESSORS.build(config.preprocessor, config=config)
+        query = OUTPUT_QUERIES.build(config.output_query, config=config, preprocessor=preprocessor)
+    return query.channels  # type: ignore[return-value]
+
+
+def one_input(**given: Any) -> Any:
+    """The one of several names for the input that was given; ValueError for none or two."""
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) != 1:
+        what = " and ".join(named) if named else "none of them"
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {what}")
+    return next(iter(named.values()))
+
+
+def _head_output(outputs: PerceiverIOOutput, loss: Tensor | None, **logits: Any) -> dict[str, Any]:
+    return {
+        "loss": loss,
+        **logits,
+        "last_hidden_state": outputs.last_hidden_state,
+        "hidden_states": outputs.hidden_states,
+        "attentions": outputs.attentions,
+        "cross_attentions": outputs.cross_attentions,
+    }
+
+
+class PerceiverIOForMaskedLM(PerceiverIOHead):
+    """Tokens (B, L) -> scores of every token at every position (B, L, vocab_size)."""
+
+    main_input_name = "input_ids"
+    preprocessor_kinds = ("text",)
+    query_kind = "position"
+    postprocessor_kinds = ("tokens",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs: Tensor | None = None,
+        output_points: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> PerceiverIOHeadOutput:
+        """labels (B, L), or (B, n) with output_points; -100 where there is nothing to learn."""
+        outputs = self.perceiver(
+            input_ids=input_ids, attention_mask=attention_mask, inputs=inputs, output_points=output_points, **kwargs
+        )
+        loss = None if labels is None else cross_entropy(outputs.logits, labels, num_items_in_batch)
+        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=outputs.logits))
+
+
+class PerceiverIOForSequenceClassification(PerceiverIOHead):
+    """Tokens (B, L) -> class scores (B, num_labels)."""
+
+    main_input_name = "input_ids"
+    preprocessor_kinds = ("text",)
+    query_kind = "tasks"
+    postprocessor_kinds = ("classification", "average")
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> PerceiverIOHeadOutput:
+        """labels (B,) class indices or numbers, or (B, num_labels); the loss follows config.problem_type."""
+        outputs = self.perceiver(input_ids=input_ids, attention_mask=attention_mask, inputs=inputs, **kwargs)
+        loss = _classify(self.config, outputs.logits, labels, num_items_in_batch)
+        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=outputs.logits))
+
+
+class PerceiverIOForTokenClassification(PerceiverIOHead):
+    """Tokens (B, L) -> class scores of every token (B, L, num_labels)."""
+
+    main_input_name = "input_ids"
+    preprocessor_kinds = ("text",)
+    query_kind = "position"
+    postprocessor_kinds = ("projection",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> PerceiverIOHeadOutput:
+        """labels (B, L), -100 where there is none."""
+        outputs = self.perceiver(input_ids=input_ids, attention_mask=attention_mask, inputs=inputs, **kwargs)
+        loss = None if labels is None else cross_entropy(outputs.logits, labels, num_items_in_batch)
+        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=outputs.logits))
+
+
+class PerceiverIOForQuestionAnswering(PerceiverIOHead):
+    """Question and text as tokens (B, L) -> scores of the answer's first and last token, (B, L) each."""
+
+    main_input_name = "input_ids"
+    preprocessor_kinds = ("text",)
+    query_kind = "position"
+    postprocessor_kinds = ("projection",)
+    postprocessor_options: ClassVar[dict[str, Any]] = {"num_outputs": 2}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        inputs: Tensor | None = None,
+        **kwargs: Any,
+    ) -> PerceiverIOQuestionAnsweringOutput:
+        """start_positions and end_positions (B,): token indices; one past the end or -100 is left out of the loss."""
+        kwargs.pop("num_items_in_batch", None)  # Trainer counts "labels" only, of which there are none here
+        outputs = self.perceiver(input_ids=input_ids, attention_mask=attention_mask, inputs=inputs, **kwargs)
+        start, end = outputs.logits.unbind(dim=-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            length = start.shape[1]
+            targets = [p.reshape(-1) for p in (start_positions, end_positions)]
+            targets = [torch.where((p >= 0) & (p < length), p, -100) for p in targets]
+            loss = (cross_entropy(start, targets[0]) + cross_entropy(end, targets[1])) / 2
+        logits = {"start_logits": start, "end_logits": end}
+        return PerceiverIOQuestionAnsweringOutput(**_head_output(outputs, loss, **logits))
+
+
+class PerceiverIOForMultipleChoice(PerceiverIOHead):
+    """Tokens of every choice (B, choices, L) -> a score for each (B, choices)."""
+
+    main_input_name = "input_ids"
+    preprocessor_kinds = ("text",)
+    query_kind = "tasks"
+    postprocessor_kinds = ("classification",)
+    postprocessor_options: ClassVar[dict[str, Any]] = {"num_outputs": 1}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> PerceiverIOHeadOutput:
+        """labels (B,): index of the right choice."""
+        tokens = one_input(input_ids=input_ids, inputs=inputs)
+        if tokens.ndim != 3:
+            raise ValueError(f"multiple choice reads (batch, choices, length) tokens, not {tuple(tokens.shape)}")
+        mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+        outputs = self.perceiver(input_ids=tokens.flatten(0, 1), attention_mask=mask, **kwargs)
+        scores = outputs.logits.reshape(tokens.shape[:2])
+        loss = None if labels is None else cross_entropy(scores, labels, num_items_in_batch)
+        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=scores))
+
+
+class PerceiverIOForImageClassification(PerceiverIOHead):
+    """Images (B, 3, H, W) -> class scores (B, num_labels); one class for every stem and position encoding."""
+
+    main_input_name = "pixel_values"
+    preprocessor_kinds = ("grid", "points", "multimodal")
+    query_kind = "tasks"
+    postprocessor_kinds = ("classification", "average")
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> PerceiverIOHeadOutput:
+        """labels (B,), or (B, num_labels) soft or multi-label; interpolate_pos_encoding resizes trained positions."""
+        outputs = self.perceiver(
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            inputs=inputs,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        loss = _classify(self.config, outputs.logits, labels, num_items_in_batch)
+        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=outputs.logits))
+
+
+class PerceiverIOForOpticalFlow(PerceiverIOHead):
+    """Patches of two frames (B, 2, 27, H, W) -> flow (B, H, W, 2), x then y; times 20 it is in pixels."""
+
+    main_input_name = "pixel_values"
+    preprocessor_kinds = ("grid",)
+    query_kind = "input"
+    postprocessor_kinds = ("flow",)
+    accepts_loss_kwargs = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        inputs: Tensor | None = None,
+        output_points: Any = None,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> PerceiverIOHeadOutput:
+        """output_points (n,) or (B, n) flat pixel indices -> (B, n, 2); chunk_size bounds the decoder's memory."""
+        outputs = self.perceiver(
+            pixel_values=pixel_values, inputs=inputs, output_points=output_points, chunk_size=chunk_size, **kwargs
+        )
+        return PerceiverIOHeadOutput(**_head_output(outputs, None, logits=outputs.logits))
+
+
+class PerceiverIOForMultimodalAutoencoding(PerceiverIOHead):
+    """A dict of modalities -> a dict of reconstructions.
+
+    The released model: image (B, 16, 3, 224, 224), audio (B, 30720, 1), label (B, 700) -> image (B, 802816, 3) or on its
+    grid, audio (B, 30720), label (B, 700).
+    """
+
+    main_input_name = "inputs"
+    preprocessor_kinds = ("multimodal",)
+    query_kind = "multimodal"
+    postprocessor_kinds = ("multimodal",)
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def _default_sides(cls, config: PerceiverIOConfig) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        raise ValueError(
+            "PerceiverIOForMultimodalAutoencoding cannot guess what to reconstruct; give the config output_query and "
+            "postprocessor of kind 'multimodal', as hf_perceiver.recipes.multimodal_autoencoder() does"
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        inputs: dict[str, Tensor] | None = None,
+        attention_mask: dict[str, Tensor] | None = None,
+        output_points: dict[str, Any] | None = None,
+        coordinates: dict[str, Tensor] | None = None,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> PerceiverIOHeadOutput:
+        """output_points and coordinates choose what is decoded, see PerceiverIOModel.decode."""
+        outputs = self.perceiver(
+            inputs=inputs,
+            attention_mask=attention_mask,
+            output_points=output_points,
+            coordinates=coordinates,
+            chunk_size=chunk_size,
+            **kwargs,
+        )
+        return PerceiverIOHeadOutput(**_head_output(outputs, None, logits=outputs.logits))
+
+
+def _classify(
+    config: PerceiverIOConfig, logits: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+) -> Tensor | None:
+    if labels is None:
+        return None
+    loss, config.problem_type = classification_loss(logits, labels, config.problem_type, num_items_in_batch)
+    return loss

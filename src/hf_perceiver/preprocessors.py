@@ -1,0 +1,310 @@
+"""Preprocessors: a modality's tensors -> the input array (B, M, C), as parts.
+
+A preprocessor of your own is an nn.Module with `channels` (C) whose forward takes `(inputs, mask=None)` and returns a
+(B, M, C) tensor, an ArrayPart or an InputArray; `@register_preprocessor("kind")` makes it usable in a config.
+Source: deepmind-research perceiver/io_processors.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arrays import ArrayPart, InputArray, PerceiverArray
+from .configuration_perceiver_io import PerceiverIOConfig
+from .position_encoding import PositionEncoding, build_position_encoding, truncated_normal_
+from .registry import PREPROCESSORS, STEMS, register_preprocessor
+from .stems import Stem
+
+COMBINE = ("concat", "add")
+
+
+class Preprocessor(nn.Module):
+    """Base of preprocessors.
+
+    channels: C of the input array. num_elements: M where it is the same for every input, None otherwise.
+    main_input_name: the model's keyword for this input.
+    """
+
+    channels: int
+    num_elements: int | None = None
+    main_input_name = "inputs"
+
+    def forward(self, inputs: Any, mask: Any = None, **kwargs: Any) -> InputArray | ArrayPart | Tensor:
+        raise NotImplementedError
+
+
+@register_preprocessor("text")
+class TextPreprocessor(Preprocessor):
+    """Token ids (B, L) -> embedding and position, concatenated or added: (B, L, C)
+
+    Raises ValueError for ids outside the vocabulary's range of shapes and for texts longer than the positions.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(self, *, config: PerceiverIOConfig, channels: int, position: dict | None = None, combine: str = "add"):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, channels)
+        self.position = build_position_encoding(position)
+        self.combine = combine
+        self.channels = combined_channels(channels, self.position, combine)
+
+    def forward(
+        self, inputs: Tensor, mask: Tensor | None = None, coordinates: Tensor | None = None, **kwargs: Any
+    ) -> ArrayPart:
+        if inputs.ndim != 2 or inputs.dtype.is_floating_point or inputs.dtype == torch.bool:
+            raise ValueError(
+                f"text is token ids (batch, length) of an integer type, not {tuple(inputs.shape)} {inputs.dtype}"
+            )
+        if inputs.shape[1] == 0:
+            raise ValueError("a text of length 0 has nothing to read; give at least one token")
+        features = self.embedding(inputs)
+        return place(features, self.position, self.combine, element_mask(mask, inputs.shape), coordinates)
+
+
+@register_preprocessor("grid")
+class GridPreprocessor(Preprocessor):
+    """A stem's features on a grid of any size, with positions: images, video, sound, any array. -> (B, M, C)
+
+    stem, position: specs. combine: "concat" or "add" the position.
+    """
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, *, stem: dict, position: dict | None = None, combine: str = "concat"):
+        super().__init__()
+        self.stem: Stem = STEMS.build(stem)  # type: ignore[assignment]
+        self.position = build_position_encoding(position)
+        self.combine = combine
+        self.channels = combined_channels(self.stem.channels, self.position, combine)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        coordinates: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> ArrayPart:
+        """mask (B, M) or (B, n_1, ..., n_d) over the stem's grid; coordinates (M, d) or (B, M, d) replace the grid's."""
+        dtype = next((p.dtype for p in self.stem.parameters()), inputs.dtype)
+        features = self.stem(inputs.to(dtype) if inputs.is_floating_point() else inputs.to(torch.get_default_dtype()))
+        grid = tuple(features.shape[1:-1])
+        return place(
+            features.flatten(1, -2),
+            self.position,
+            self.combine,
+            element_mask(mask, features.shape[:-1]),
+            coordinates,
+            grid,
+            interpolate_pos_encoding,
+        )
+
+
+@register_preprocessor("vector")
+class VectorPreprocessor(Preprocessor):
+    """One element per example, such as a one-hot label: (B, channels) -> (B, 1, channels)
+
+    Class indices (B,) of an integer type become one-hot. Source: deepmind-research, OneHotPreprocessor.
+    """
+
+    num_elements = 1
+
+    def __init__(self, *, channels: int):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any) -> ArrayPart:
+        if inputs.ndim == 1 and not inputs.is_floating_point():
+            if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.channels:
+                raise ValueError(f"class indices must be 0 to {self.channels - 1}, not {inputs.tolist()}")
+            inputs = nn.functional.one_hot(inputs.long(), self.channels).to(torch.get_default_dtype())
+        if inputs.ndim != 2 or inputs.shape[1] != self.channels:
+            raise ValueError(f"a vector is (batch, {self.channels}) or class indices (batch,), not {tuple(inputs.shape)}")
+        return ArrayPart(features=inputs[:, None], mask=element_mask(mask, (inputs.shape[0], 1)), grid=(1,))
+
+
+@register_preprocessor("points")
+class PointPreprocessor(Preprocessor):
+    """A set of points: coordinates first, then features, (B, M, d + F) -> [F ; code of the coordinates]
+
+    position: a fourier spec of d axes, or None for a set without coordinates (then d = 0). feature_channels: F.
+    Coordinates are expected in [-1, 1]. Source: the original Perceiver on ModelNet40 (fourier, max_resolution 2240).
+    """
+
+    def __init__(self, *, position: dict | None = None, feature_channels: int = 0):
+        super().__init__()
+        self.position = build_position_encoding(position)
+        self.num_axes = 0 if self.position is None else self.position.num_axes
+        if self.num_axes is None:
+            raise ValueError("points need a position that codes coordinates, such as kind 'fourier'")
+        self.feature_channels = feature_channels
+        self.channels = feature_channels + (0 if self.position is None else self.position.channels)
+        if not self.channels:
+            raise ValueError("points need a position, feature_channels, or both")
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any) -> ArrayPart:
+        if inputs.ndim != 3 or inputs.shape[-1] != self.num_axes + self.feature_channels:
+            raise ValueError(
+                f"points are (batch, points, {self.num_axes} coordinates + {self.feature_channels} features), not "
+                f"{tuple(inputs.shape)}"
+            )
+        position = None
+        if self.position is not None:
+            position = self.position.encode_at(inputs[..., : self.num_axes], dtype=inputs.dtype)
+        features = inputs[..., self.num_axes :] if self.feature_channels else None
+        return ArrayPart(features=features, position=position, mask=element_mask(mask, inputs.shape[:2]))
+
+
+@register_preprocessor("multimodal")
+class MultimodalPreprocessor(Preprocessor):
+    """A dict of modalities -> one array, each padded with its own trained vector to a common width, in sorted order.
+
+    modalities: name -> preprocessor spec. min_padding_size: the widest modality is padded by that many channels.
+    mask_probs: name -> probability with which, in training, an element is replaced by the modality's mask token; None
+    for no tokens. masked_at_inference: modalities wholly replaced outside training; by default those with probability 1.
+    A modality may be missing from the inputs: it is left out, or stands in as its mask token where it would be masked
+    anyway. Source: deepmind-research, MultimodalPreprocessor (which draws its masks at inference too).
+    """
+
+    def __init__(
+        self,
+        *,
+        config: PerceiverIOConfig,
+        modalities: dict[str, dict],
+        min_padding_size: int = 2,
+        mask_probs: dict[str, float] | None = None,
+        masked_at_inference: list[str] | None = None,
+    ):
+        super().__init__()
+        if not modalities:
+            raise ValueError("a multimodal preprocessor needs at least one modality")
+        for name in modalities:
+            check_modality_name(name)
+        names = sorted(modalities)
+        built: dict[str, Any] = {name: PREPROCESSORS.build(modalities[name], config=config) for name in names}
+        self.modalities = nn.ModuleDict(built)
+        self.channels = max(module.channels for module in built.values()) + min_padding_size
+        self.padding = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(self.channels - module.channels)) for name, module in built.items()}
+        )
+        self.mask_probs = mask_probs
+        self.mask_tokens = nn.ParameterDict()
+        if mask_probs is not None:
+            for name, probability in mask_probs.items():
+                if name not in modalities:
+                    raise ValueError(f"mask_probs names {name!r}; the modalities are {', '.join(names)}")
+                if not 0 <= probability <= 1:
+                    raise ValueError(f"mask_probs[{name!r}] is a probability, not {probability}")
+            self.mask_tokens.update({name: nn.Parameter(torch.empty(self.channels)) for name in names})
+        if masked_at_inference is None:
+            masked_at_inference = [name for name, p in (mask_probs or {}).items() if p == 1]
+        elif mask_probs is None and masked_at_inference:
+            raise ValueError("masked_at_inference needs mask tokens: give mask_probs, with probability 0 if need be")
+        for name in masked_at_inference:
+            if name not in modalities:
+                raise ValueError(f"masked_at_inference names {name!r}; the modalities are {', '.join(names)}")
+        self.masked_at_inference = frozenset(masked_at_inference)
+
+    def reset_own_parameters(self) -> None:
+        for parameter in (*self.padding.values(), *self.mask_tokens.values()):
+            truncated_normal_(parameter, 0.02)
+
+    def forward(self, inputs: Any, mask: Any = None, coordinates: Any = None, **kwargs: Any) -> InputArray:
+        """inputs, mask and coordinates: dicts by modality name; mask and coordinates may leave modalities out."""
+        if not isinstance(inputs, Mapping):
+            raise ValueError(f"a multimodal model reads a dict of {', '.join(self.modalities)}, not {type(inputs).__name__}")
+        for what, given in (("input", inputs), ("mask", mask or {}), ("coordinates", coordinates or {})):
+            for name in given:
+                if name not in self.modalities:
+                    raise ValueError(f"unknown modality {name!r} in the {what}; known: {', '.join(self.modalities)}")
+        parts = {}
+        for name, preprocessor in self.modalities.items():
+            masked = not self.training and name in self.masked_at_inference
+            if inputs.get(name) is None:
+                if masked and preprocessor.num_elements is not None:
+                    parts[name] = ArrayPart(token=self.mask_tokens[name])
+                continue
+            made = preprocessor(inputs[name], (mask or {}).get(name), coordinates=(coordinates or {}).get(name), **kwargs)
+            part = PerceiverArray.of(made).part
+            part.constant = self.padding[name]
+            if self.mask_probs is not None:
+                part.token, part.replaced = self.mask_tokens[name], self._draw(name, part, masked)
+            parts[name] = part
+        if not any(part.features is not None or part.position is not None for part in parts.values()):
+            raise ValueError(f"no modality given; known: {', '.join(self.modalities)}")
+        sizes = {part.batch_size for part in parts.values()} - {1}
+        if len(sizes) > 1:
+            raise ValueError(f"modalities disagree on the batch size: { {n: p.batch_size for n, p in parts.items()} }")
+        return InputArray(parts)
+
+    def _draw(self, name: str, part: ArrayPart, masked: bool) -> Tensor | None:
+        shape, device = (part.batch_size, part.length), self.mask_tokens[name].device
+        if masked:
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        probability = (self.mask_probs or {}).get(name, 0.0)
+        if not self.training or not probability:
+            return None
+        return torch.rand(shape, device=device) < probability
+
+
+def place(
+    features: Tensor,
+    position: PositionEncoding | None,
+    combine: str,
+    mask: Tensor | None,
+    coordinates: Tensor | None = None,
+    grid: tuple[int, ...] | None = None,
+    interpolate: bool = False,
+) -> ArrayPart:
+    """(B, M, F) features and where they are, as an ArrayPart; `grid` defaults to one axis."""
+    grid = grid or (features.shape[1],)
+    code: Any = None
+    if coordinates is not None:
+        if position is None:
+            raise ValueError("coordinates were given to a modality without positions")
+        if coordinates.shape[-2] != features.shape[1]:
+            raise ValueError(f"{coordinates.shape[-2]} coordinates for {features.shape[1]} elements")
+        code = position.encode_at(coordinates, dtype=features.dtype)
+    elif position is not None:
+        code = position.encode(grid, device=features.device, dtype=features.dtype, interpolate=interpolate)
+    return ArrayPart(features=features, position=code, combine=combine, mask=mask, grid=grid)
+
+
+def combined_channels(features: int, position: PositionEncoding | None, combine: str) -> int:
+    """Width of features and position together; ValueError for another word or widths that cannot be added."""
+    if combine not in COMBINE:
+        raise ValueError(f"combine={combine!r} must be one of {', '.join(COMBINE)}")
+    if position is None:
+        return features
+    if combine == "concat":
+        return features + position.channels
+    if features != position.channels:
+        raise ValueError(
+            f"combine='add' needs features and position of one width, not {features} and {position.channels}; "
+            "project the position (kind 'projected') or use combine='concat'"
+        )
+    return features
+
+
+def element_mask(mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> Tensor | None:
+    """Any 0/1 mask (B, ...) over the elements -> (B, M) bool, True = valid; ValueError for another shape."""
+    if mask is None:
+        return None
+    length = 1
+    for n in shape[1:]:
+        length *= n
+    if mask.ndim < 2 or mask.shape[0] not in (1, shape[0]) or mask.flatten(1).shape[1] != length:
+        raise ValueError(f"a mask over {tuple(shape)} elements has that shape, not {tuple(mask.shape)}")
+    return mask.flatten(1).expand(shape[0], -1) != 0
+
+
+def check_modality_name(name: Any) -> None:
+    """Raise ValueError unless `name` can name a submodule."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"modality name {name!r} must be a non-empty word without dots that torch does not use itself")
+
+
+PREPROCESSORS.seal()

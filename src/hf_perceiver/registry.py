@@ -1,0 +1,113 @@
+"""Kinds: the table from a spec's `kind` to the class that it names, one table per side of the model.
+
+A spec is a dict: `kind` names the class, every other entry is a keyword argument of its constructor. The constructor's
+signature is the schema, so an unknown option is told which ones exist.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Registry:
+    """Kinds of one part of the model: `registry.register("kind")(cls)`, `registry.build(spec, ...)`."""
+
+    def __init__(self, part: str, context: tuple[str, ...] = ()):
+        self.part = part
+        # What the model gives to a constructor that asks for it by name; never an option of a spec.
+        self.context = context
+        self.classes: dict[str, type[nn.Module]] = {}
+        self.packaged: set[str] = set()
+
+    def register(self, kind: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+        """Class decorator that makes `kind` usable in a spec.
+
+        Raises ValueError if the kind is empty or belongs to a part that ships with this package; a user's own kind may
+        be registered again, so that a notebook cell can be run twice.
+        """
+        if not isinstance(kind, str) or not kind:
+            raise ValueError(f"a {self.part} kind is a non-empty string, not {kind!r}")
+
+        def add(cls: type[nn.Module]) -> type[nn.Module]:
+            if kind in self.packaged and not _same_class(self.classes[kind], cls):
+                raise ValueError(f"{self.part} kind {kind!r} ships with hf_perceiver; choose another name")
+            self.classes[kind] = cls
+            return cls
+
+        return add
+
+    def seal(self) -> None:
+        """Mark every kind registered so far as shipped with the package."""
+        self.packaged = set(self.classes)
+
+    def options(self, kind: str) -> dict[str, inspect.Parameter]:
+        """Keyword arguments a spec of this kind may hold, by name."""
+        parameters = inspect.signature(self.classes[kind].__init__).parameters.values()
+        named = (p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+        return {p.name: p for p in named if p.name != "self" and p.name not in self.context}
+
+    def build(self, spec: dict[str, Any], **context: Any) -> nn.Module:
+        """The module a spec describes.
+
+        `context` is what the model knows and no spec repeats (`config`, channel widths); a constructor gets those it
+        names. Raises ValueError for an unknown kind, an unknown option or a missing one.
+        """
+        check_spec(self.part, spec)
+        kind = spec["kind"]
+        if kind not in self.classes:
+            raise ValueError(
+                f"unknown {self.part} kind {kind!r}; known kinds: {', '.join(sorted(self.classes))}. If it is your own "
+                f"part, import the module that registers it first (register_{self.part.replace(' ', '_')}({kind!r})); "
+                "save_with_code() takes that module along with the weights"
+            )
+        options = {name: value for name, value in spec.items() if name != "kind"}
+        known = self.options(kind)
+        takes_any = any(
+            p.kind is p.VAR_KEYWORD for p in inspect.signature(self.classes[kind].__init__).parameters.values()
+        )
+        if not takes_any:
+            for name in options:
+                if name not in known:
+                    raise ValueError(
+                        f"unknown option {name!r} for {self.part} kind {kind!r}; its options: "
+                        f"{', '.join(known) or 'none'}"
+                    )
+        for name, parameter in known.items():
+            if parameter.default is parameter.empty and name not in options:
+                raise ValueError(f"{self.part} kind {kind!r} needs the option {name!r}")
+        wanted = inspect.signature(self.classes[kind].__init__).parameters
+        return self.classes[kind](**options, **{name: value for name, value in context.items() if name in wanted})
+
+
+
+def check_spec(part: str, spec: Any) -> None:
+    """Raise ValueError unless `spec` is a JSON-able dict with a `kind`; the message names the part."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"the {part} is described by a dict such as {{'kind': ...}}, not {spec!r}")
+    if not isinstance(spec.get("kind"), str):
+        raise ValueError(f"the {part} spec {spec!r} needs a 'kind' that is a string")
+    try:
+        json.dumps(spec, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the {part} spec must fit into config.json: {error} in {spec!r}") from None
+
+
+def _same_class(a: type, b: type) -> bool:
+    # Code from the Hub is imported under another module name; by name it is the same class.
+    return a.__qualname__ == b.__qualname__
+
+
+STEMS = Registry("stem")
+POSITION_ENCODINGS = Registry("position encoding")
+PREPROCESSORS = Registry("preprocessor", context=("config",))
+OUTPUT_QUERIES = Registry("output query", context=("config", "preprocessor"))
+POSTPROCESSORS = Registry("postprocessor", context=("config", "preprocessor", "in_channels"))
+
+register_stem = STEMS.register
+register_position_encoding = POSITION_ENCODINGS.register
+register_preprocessor = PREPROCESSORS.register
+register_output_query = OUTPUT_QUERIES.register
+register_postprocessor = POSTPROCESSORS.register

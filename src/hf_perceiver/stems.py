@@ -1,0 +1,233 @@
+"""Stems: from a modality's tensor at the boundary to features on a grid, channels last.
+
+Images come as (B, C, H, W), videos and frame pairs as (B, T, C, H, W), sound as (B, samples, 1).
+Source: deepmind-research perceiver/io_processors.py (ImagePreprocessor, Conv2DDownsample, space_to_depth).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .registry import STEMS, register_stem
+
+PADDINGS = ("same", "builtin")
+
+
+class Stem(nn.Module):
+    """Base of stems; a subclass sets `channels`, the width of the features it gives."""
+
+    channels: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor at the boundary -> (B, n_1, ..., n_d, channels)"""
+        raise NotImplementedError
+
+
+class ImageStem(Stem):
+    """Base of stems for (B, C, H, W) and (B, T, C, H, W); `in_channels` is C."""
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.in_channels = in_channels
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) or (B, T, C, H, W) -> (B, H, W, C) or (B, T, H, W, C); ValueError for another rank or C."""
+        axis = x.ndim - 3
+        if x.ndim not in (4, 5) or x.shape[axis] != self.in_channels:
+            hint = "; channels come before height and width" if x.shape[-1] == self.in_channels else ""
+            raise ValueError(
+                f"images are (batch, {self.in_channels}, height, width) and videos (batch, time, {self.in_channels}, "
+                f"height, width) here, not {tuple(x.shape)}{hint}"
+            )
+        return x.movedim(axis, -1)
+
+
+@register_stem("pixels")
+class PixelStem(ImageStem):
+    """Every pixel as it is, or every `spatial_downsample`-th and every `temporal_downsample`-th frame."""
+
+    def __init__(self, *, in_channels: int = 3, spatial_downsample: int = 1, temporal_downsample: int = 1):
+        super().__init__(in_channels)
+        _check_positive(spatial_downsample=spatial_downsample, temporal_downsample=temporal_downsample)
+        self.spatial_downsample, self.temporal_downsample = spatial_downsample, temporal_downsample
+        self.channels = in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.channels_last(x)
+        if x.ndim == 5:
+            x = x[:, :: self.temporal_downsample]
+        elif self.temporal_downsample != 1:
+            raise ValueError(f"temporal_downsample={self.temporal_downsample} needs a video, not an image")
+        return x[..., :: self.spatial_downsample, :: self.spatial_downsample, :]
+
+
+@register_stem("conv")
+class ConvStem(ImageStem):
+    """`num_layers` times 7x7/2 convolution, BatchNorm, relu, 3x3/2 max-pool: 4 ** num_layers smaller each side.
+
+    padding "same" is JAX's SAME at run-time sizes (224 -> 112 -> 56); "builtin" is transformers' (224 -> 112 -> 55).
+    Frames of a video are taken one by one.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        channels: int = 64,
+        num_layers: int = 1,
+        use_batchnorm: bool = True,
+        padding: str = "same",
+    ):
+        super().__init__(in_channels)
+        _check_positive(num_layers=num_layers, channels=channels)
+        if padding not in PADDINGS:
+            raise ValueError(f"padding={padding!r} must be one of {', '.join(PADDINGS)}")
+        self.padding, self.channels = padding, channels
+        widths = [in_channels] + [channels] * num_layers
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, kernel_size=7, stride=2, bias=False) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        # DeepMind's decay 0.9 is torch's momentum 0.1.
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(channels, eps=1e-5, momentum=0.1) if use_batchnorm else nn.Identity()
+            for _ in range(num_layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.channels_last(x)
+        frames = x.flatten(0, 1) if x.ndim == 5 else x
+        frames = frames.movedim(-1, 1)  # (frames, C, H, W)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            frames = F.relu(norm(conv(self._pad(frames, kernel=7, value=0.0))))
+            # Zeros pad as well as minus infinity would: relu has left nothing below zero.
+            frames = F.max_pool2d(self._pad(frames, kernel=3, value=0.0), kernel_size=3, stride=2)
+        frames = frames.movedim(1, -1)
+        return frames.unflatten(0, x.shape[:2]) if x.ndim == 5 else frames
+
+    def _pad(self, x: Tensor, kernel: int, value: float) -> Tensor:
+        if self.padding == "builtin":
+            return F.pad(x, (3, 3, 3, 3)) if kernel == 7 else x
+        (top, bottom), (left, right) = (same_padding(n, kernel, stride=2) for n in x.shape[-2:])
+        return F.pad(x, (left, right, top, bottom), value=value)
+
+
+@register_stem("conv1x1")
+class Conv1x1Stem(ImageStem):
+    """A linear map of each pixel's channels, of every `spatial_downsample`-th pixel."""
+
+    def __init__(self, *, in_channels: int = 3, channels: int = 64, spatial_downsample: int = 1):
+        super().__init__(in_channels)
+        _check_positive(spatial_downsample=spatial_downsample, channels=channels)
+        self.spatial_downsample, self.channels = spatial_downsample, channels
+        self.conv = nn.Conv2d(in_channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.channels_last(x)[..., :: self.spatial_downsample, :: self.spatial_downsample, :]
+        return F.linear(x, self.conv.weight.flatten(1), self.conv.bias)
+
+
+@register_stem("patches")
+class PatchStem(ImageStem):
+    """Space to depth: patches of (temporal, spatial, spatial) pixels, channels in the order (t, h, w, c).
+
+    `project` adds a linear to that many channels. One frame left after temporal downsampling becomes an image, as in
+    the flow model. Raises ValueError for sizes that are no multiple of the patch.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        spatial_downsample: int = 1,
+        temporal_downsample: int = 1,
+        project: int | None = None,
+    ):
+        super().__init__(in_channels)
+        _check_positive(spatial_downsample=spatial_downsample, temporal_downsample=temporal_downsample)
+        self.spatial_downsample, self.temporal_downsample = spatial_downsample, temporal_downsample
+        width = in_channels * spatial_downsample**2 * temporal_downsample
+        self.linear = nn.Linear(width, project) if project else None
+        self.channels = project or width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.channels_last(x)
+        if x.ndim == 4:
+            if self.temporal_downsample != 1:
+                raise ValueError(f"temporal_downsample={self.temporal_downsample} needs a video, not an image")
+            x = space_to_depth(x, (self.spatial_downsample,) * 2)
+        else:
+            x = space_to_depth(x, (self.temporal_downsample, self.spatial_downsample, self.spatial_downsample))
+            if x.shape[1] == 1:
+                x = x[:, 0]
+        return x if self.linear is None else self.linear(x)
+
+
+@register_stem("audio_patches")
+class AudioPatchStem(Stem):
+    """(B, samples, 1) or (B, samples) -> (B, samples / samples_per_patch, samples_per_patch)
+
+    Raises ValueError for a number of samples that is no multiple of the patch.
+    """
+
+    def __init__(self, *, samples_per_patch: int = 96):
+        super().__init__()
+        _check_positive(samples_per_patch=samples_per_patch)
+        self.channels = samples_per_patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim not in (2, 3):
+            raise ValueError(f"sound is (batch, samples, channels), not {tuple(x.shape)}")
+        samples = x.flatten(1)
+        if samples.shape[1] % self.channels or not samples.shape[1]:
+            more = -samples.shape[1] % self.channels or self.channels
+            raise ValueError(
+                f"{samples.shape[1]} samples are not a whole number of patches of {self.channels}; pad with {more} more"
+            )
+        return samples.unflatten(1, (-1, self.channels))
+
+
+@register_stem("values")
+class ValueStem(Stem):
+    """Features that already stand on a grid, channels last: (B, n_1, ..., n_d, channels) as it is."""
+
+    def __init__(self, *, channels: int):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 3 or x.shape[-1] != self.channels:
+            raise ValueError(f"values are (batch, ..., {self.channels}), not {tuple(x.shape)}")
+        return x
+
+
+def space_to_depth(x: Tensor, block: Sequence[int]) -> Tensor:
+    """(B, n_1, ..., n_d, C) -> (B, n_1 / b_1, ..., n_d / b_d, b_1 * ... * b_d * C), block offsets before channels"""
+    grid = x.shape[1:-1]
+    if any(n % b for n, b in zip(grid, block, strict=True)) or not all(grid):
+        nearest = "x".join(str(max(n // b, 1) * b) for n, b in zip(grid, block, strict=True))
+        raise ValueError(
+            f"a grid of {'x'.join(map(str, grid))} does not divide into patches of {'x'.join(map(str, block))}; "
+            f"resize or crop it, for instance to {nearest}"
+        )
+    d = len(grid)
+    split = [size for n, b in zip(grid, block, strict=True) for size in (n // b, b)]
+    x = x.reshape(x.shape[0], *split, x.shape[-1])
+    outer, inner = [1 + 2 * i for i in range(d)], [2 + 2 * i for i in range(d)]
+    return x.permute(0, *outer, *inner, 2 * d + 1).flatten(d + 1)
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after, as TensorFlow's and JAX's SAME; the larger half goes after."""
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def _check_positive(**options: int) -> None:
+    for name, value in options.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
+
+
+STEMS.seal()
