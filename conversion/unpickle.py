@@ -10,8 +10,8 @@ Three steps, each bounded by the size of the file:
 2. the result must be a mapping module path -> name -> array, or {"params": such a mapping, "state": such a mapping};
 3. each array is read from the file straight into its own memory.
 
-Empty arrays of protocol 2 are refused (Python writes them with `bytes`, which no list of needed names holds), and so is
-protocol 0 and 1, which nobody wrote checkpoints in.
+Protocols 0 and 1 are refused, and so are empty arrays of protocol 2: Python writes them with a call of `bytes`, which
+is not on the list because no checkpoint holds an empty array.
 
 Whatever is wrong with the contents is a `CheckpointError`. A file that is missing, a directory or not readable is the
 usual OSError.
@@ -32,7 +32,7 @@ import numpy as np
 Arrays = dict[str, dict[str, np.ndarray]]
 
 # An array takes about 40 operations, the largest released checkpoint holds 457 arrays. A file that is nothing but
-# operations is refused after about a second and 60 MiB: small files may take more than their size, but not more than that.
+# operations is refused after about a second and 60 MiB; only that may be more than three times a file's size.
 MAX_OPERATIONS = 500_000
 # Pickle writes mappings in batches of 1000 pairs, here at most four levels deep.
 MAX_STACK = 20_000
@@ -42,7 +42,8 @@ MAX_DIMENSIONS = 32
 SHORT = 1024
 # An array without elements has no data to compare its other dimensions with.
 MAX_EMPTY_BYTES = 1 << 40
-CHUNK = 1 << 20
+# Text is decoded in parts that stay in the processor's cache.
+CHUNK = 1 << 16
 
 NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 OTHER_KINDS = {"O": "object", "V": "structured", "S": "byte string", "a": "byte string", "U": "text", "c": "complex"}
@@ -93,21 +94,20 @@ def load_haiku_checkpoint(path: str | os.PathLike[str]) -> HaikuCheckpoint:
     with _opened(path) as source:
         sections = _read_sections(source)
         _check_total(sections, source.size)
-        loaded: dict[int, np.ndarray] = {}
-
-        def load(array: _Array) -> np.ndarray:
-            if id(array) not in loaded:
-                loaded[id(array)] = _load(array, source)
-            return loaded[id(array)]
-
-        return HaikuCheckpoint(
-            **{
-                section: {
-                    module: {name: load(array) for name, array in arrays.items()} for module, arrays in modules.items()
-                }
-                for section, modules in sections.items()
-            }
-        )
+        loaded: dict[_Array, np.ndarray] = {}
+        checkpoint = HaikuCheckpoint({})
+        for section, modules in sections.items():
+            target: Arrays = getattr(checkpoint, section)
+            for module, arrays in modules.items():
+                target[module] = {}
+                for name, array in arrays.items():
+                    if array not in loaded:
+                        try:
+                            loaded[array] = _load(array, source)
+                        except CheckpointError as error:
+                            raise CheckpointError(f"{section} of {_say(module)}, {_say(name)}: {error}") from None
+                    target[module][name] = loaded[array]
+        return checkpoint
 
 
 def read_entries(path: str | os.PathLike[str]) -> list[ArrayEntry]:
@@ -146,8 +146,16 @@ class _Global:
 
 
 @dataclass(frozen=True, eq=False)
+class _Text:
+    """Text that is still in the file: too long for a name, but protocol 2 writes array data so."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
 class _Blob:
-    """Bytes that are still in the file; as text, each byte is a character of one or two UTF-8 bytes."""
+    """Bytes that are still in the file, as they are or as latin-1 text, where each takes one or two bytes of UTF-8."""
 
     offset: int
     length: int
@@ -203,12 +211,17 @@ def _say(value: object) -> str:
         return text if len(value) <= 80 else f"{text}..."
     if isinstance(value, _Global):
         return value.name
-    kinds = {dict: "a mapping", _Tuple: "a tuple", _Blob: "a long text or byte string", _Dtype: "a dtype"}
+    kinds = {dict: "a mapping", _Tuple: "a tuple", _Text: "a long text", _Blob: "a long byte string", _Dtype: "a dtype"}
     return kinds.get(type(value), "an array")
 
 
 def _is_flag(value: object) -> bool:
     return isinstance(value, bool | int) and value in (0, 1)
+
+
+def _is_number(value: object, number: int) -> bool:
+    # Not `==` alone: False is 0 and True is 1 for Python, but not for numpy.
+    return type(value) is int and value == number
 
 
 def _sizes(value: object, what: str) -> tuple[int, ...]:
@@ -234,14 +247,15 @@ def _make_bytes(arguments: tuple) -> object:
     text = arguments[0]
     if type(text) is str:
         return text.encode("latin1")
-    if type(text) is _Blob and text.is_text:
-        return text
+    if type(text) is _Text:
+        return _Blob(text.offset, text.length, is_text=True)
     raise CheckpointError(f"_codecs.encode is called with {_say(text)}; only text can be encoded")
 
 
 def _make_dtype(arguments: tuple) -> object:
-    if len(arguments) != 3 or not _is_flag(arguments[1]) or not _is_flag(arguments[2]):
-        raise CheckpointError("numpy.dtype must be called with a code and two flags, as numpy writes it")
+    # "Aligned" is about structures only, and false wherever numpy writes it.
+    if len(arguments) != 3 or not _is_flag(arguments[1]) or arguments[1] or not _is_flag(arguments[2]):
+        raise CheckpointError("numpy.dtype must be called with a code, False and a flag, as numpy writes it")
     code = arguments[0]
     if code is _BFLOAT16:
         return _Dtype("bfloat16")
@@ -252,7 +266,8 @@ def _make_dtype(arguments: tuple) -> object:
 
 
 def _make_empty(arguments: tuple) -> object:
-    if len(arguments) != 3 or arguments[0] is not _NDARRAY or arguments[1] != (0,) or arguments[2] != b"b":
+    is_right = len(arguments) == 3 and arguments[0] is _NDARRAY and arguments[2] == b"b"
+    if not is_right or _sizes(arguments[1], "an empty array's shape") != (0,):
         raise CheckpointError("numpy's _reconstruct must be called with (numpy.ndarray, (0,), b'b')")
     return _Array()
 
@@ -295,7 +310,7 @@ def _make_from_jax(arguments: tuple) -> object:
 def _set_dtype_state(dtype: _Dtype, state: object) -> None:
     if dtype.order is not None:
         raise CheckpointError("a dtype's state is set twice")
-    if type(state) is not _Tuple or len(state) != 8 or state[0] != 3:
+    if type(state) is not _Tuple or len(state) != 8 or not _is_number(state[0], 3):
         raise CheckpointError("a dtype's state must be a tuple of 8 that starts with 3, as numpy writes it")
     _, order, subdtype, names, fields, itemsize, alignment, flags = state
     if not subdtype is names is fields is None:
@@ -303,8 +318,9 @@ def _set_dtype_state(dtype: _Dtype, state: object) -> None:
     if type(order) is not str or order not in (("<", ">", "|") if dtype.itemsize == 1 else ("<", ">")):
         raise CheckpointError(f"byte order {_say(order)} of dtype {dtype.code!r} is refused; allowed are '<' and '>'")
     sizes = (-1, dtype.itemsize)
-    # 0x20 and 0x40 say that ml_dtypes reads and writes single values by a function; nothing else is plain memory.
-    allowed_flags = (0, 0x20, 0x40, 0x60) if dtype.code == "bfloat16" else (0,)
+    # bfloat16's flags (0x10 to 0x40, by version) say that single values are read by a function. The lower ones, which
+    # say that the memory holds objects or pointers, are nobody's here.
+    allowed_flags = tuple(range(0, 0x80, 0x10)) if dtype.code == "bfloat16" else (0,)
     for value, allowed in ((itemsize, sizes), (alignment, sizes), (flags, allowed_flags)):
         if type(value) is not int or value not in allowed:
             raise CheckpointError(f"size, alignment or flags {_say(value)} do not belong to dtype {dtype.code!r}")
@@ -315,7 +331,7 @@ def _set_array_state(array: object, state: object) -> _Array:
     assert type(array) is _Array
     if array.data is not None:
         raise CheckpointError("an array's state is set twice")
-    if type(state) is not _Tuple or len(state) != 5 or state[0] != 1 or not _is_flag(state[3]):
+    if type(state) is not _Tuple or len(state) != 5 or not _is_number(state[0], 1) or not _is_flag(state[3]):
         raise CheckpointError("an array's state must be (1, shape, dtype, is Fortran order, bytes), as numpy writes it")
     shape = _sizes(state[1], "an array's shape")
     axes = tuple(range(len(shape)))
@@ -328,7 +344,7 @@ def _set_data(array: _Array, dtype: object, stored_shape: tuple, axes: tuple, da
     """Compares length with shape and dtype, so that nothing larger than the file is ever asked for."""
     if type(dtype) is not _Dtype or dtype.order is None:
         raise CheckpointError(f"an array's dtype is {_say(dtype)}; it must be a numpy.dtype with its byte order")
-    if type(data) is not bytes and type(data) is not _Blob:
+    if not isinstance(data, bytes | _Blob):
         raise CheckpointError(f"an array's data is {_say(data)}; it must be bytes")
     shape = tuple(stored_shape[axis] for axis in axes)
     if any(size < 0 for size in shape):
@@ -336,9 +352,13 @@ def _set_data(array: _Array, dtype: object, stored_shape: tuple, axes: tuple, da
     needed = math.prod(shape) * dtype.itemsize
     if needed == 0 and math.prod(size or 1 for size in shape) * dtype.itemsize > MAX_EMPTY_BYTES:
         raise CheckpointError(f"shape {_say_shape(shape)} of an empty array is absurd")
-    length = len(data) if type(data) is bytes else data.length
-    # A character of latin-1 text is one or two bytes of the file; which, is seen when it is read.
-    fits = needed <= length <= 2 * needed if type(data) is _Blob and data.is_text else needed == length
+    if isinstance(data, _Blob):
+        length = data.length
+        # A character of latin-1 text is one or two bytes of the file; which, is seen when it is read.
+        fits = needed <= length <= (2 * needed if data.is_text else needed)
+    else:
+        length = len(data)
+        fits = length == needed
     if not fits:
         raise CheckpointError(
             f"an array of shape {_say_shape(shape)} and dtype {dtype.name} needs {needed} bytes, "
@@ -349,7 +369,7 @@ def _set_data(array: _Array, dtype: object, stored_shape: tuple, axes: tuple, da
 
 
 def _say_shape(shape: tuple[int, ...]) -> str:
-    return f"({', '.join(map(str, shape[:8]))}{', ...' if len(shape) > 8 else ''})"
+    return str(shape) if len(shape) <= 8 else f"{str(shape[:8])[:-1]}, ...)"
 
 
 _NDARRAY = _Global("numpy.ndarray")
@@ -492,8 +512,10 @@ class _Machine:
             raise CheckpointError(f"{source.size - source.position} bytes follow the end of the pickle")
         if self.frame_end > source.position:
             raise CheckpointError("the last frame is longer than the file")
-        if len(self.stack) != 1 or self.marked:
-            raise CheckpointError(f"the pickle ends with {len(self.stack) + self.held} values instead of one")
+        if self.marked:
+            raise CheckpointError("the pickle ends inside a mapping or tuple")
+        if len(self.stack) != 1:
+            raise CheckpointError(f"the pickle ends with {len(self.stack)} values instead of one")
         return self.stack[0]
 
     def _refuse(self, code: bytes) -> None:
@@ -551,7 +573,7 @@ class _Machine:
     def text(self, width: int) -> None:
         length = self.source.number(width)
         if length > SHORT:
-            self.stack.append(_Blob(self.source.skip(length), length, is_text=True))
+            self.stack.append(_Text(self.source.skip(length), length))
             return
         data = self.source.take(length)
         try:
@@ -633,8 +655,8 @@ class _Machine:
             raise CheckpointError(f"a global is named by {_say(module)} and {_say(name)}, not by text")
         if (module, name) not in ALLOWED_GLOBALS:
             raise CheckpointError(
-                f"the global {_say(f'{module}.{name}')} is refused; a checkpoint needs nothing but numpy arrays in "
-                "mappings (write it again as a dict of dicts of numpy arrays, where you trust it)"
+                f"the global {_say(f'{module}.{name}')} is refused; checkpoints need Haiku's mappings and numpy's or "
+                "JAX's arrays only (if you trust the file, pickle it again as a dict of dicts of numpy arrays)"
             )
         self.stack.append(ALLOWED_GLOBALS[module, name])
 
@@ -764,7 +786,7 @@ def _to_sections(result: object) -> dict[str, dict[str, dict[str, _Array]]]:
                 if type(array) is not _Array or array.data is None:
                     what = "an array without its data" if type(array) is _Array else _say(array)
                     raise CheckpointError(f"{section} of {_say(module)}, {_say(name)}, is {what}; it must be an array")
-    if not sections["params"]:
+    if not any(sections["params"].values()):
         raise CheckpointError("the file holds no parameters")
     return sections
 
@@ -779,8 +801,8 @@ def _check_mapping(value: object, what: str, seen: set[int]) -> None:
 
 
 def _check_total(sections: dict[str, dict[str, dict[str, _Array]]], size: int) -> None:
-    arrays = {id(array): array for modules in sections.values() for some in modules.values() for array in some.values()}
-    total = sum(array.nbytes for array in arrays.values())
+    arrays = {array for modules in sections.values() for named in modules.values() for array in named.values()}
+    total = sum(array.nbytes for array in arrays)
     if total > size:
         raise CheckpointError(f"arrays of {total} bytes share data in a file of {size} bytes (a memo bomb)")
 
