@@ -8,9 +8,10 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
-# Nothing below talks to the Hub, and WORKERS processes of one thread each share the cores fairly.
+# Nothing below talks to the Hub.
 export HF_HUB_OFFLINE := 1
-export OMP_NUM_THREADS ?= 1
+# Where WORKERS processes share the cores, each has one thread.
+test check: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check slow venv format
 

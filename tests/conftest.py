@@ -17,8 +17,10 @@ import torch
 
 REFERENCE_DIR = Path(__file__).parent / "reference"
 
-# pytest-xdist runs one process per core: more than one thread each would only make them wait for each other.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")))
+# torch takes its threads from OMP_NUM_THREADS. Where that says nothing, the processes of pytest-xdist have one each:
+# with more they would only wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 # The same examples on every run, so that a failure is found again; no deadline on shared machines.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
