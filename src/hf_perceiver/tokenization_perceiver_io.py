@@ -38,11 +38,12 @@ class PerceiverIOTokenizer(TokenizersBackend):
     tokenizer, and can be set on one that exists. `add_special_tokens=False` does the same for one call.
 
     Each byte of a character has the whole character's offsets. A word (`word_ids`) ends before white space, which
-    belongs to the word after it; transformers' whole-word collator asks offsets instead, and takes a text for one word.
+    belongs to the word after it; transformers' whole-word collator looks for gaps between offsets: bytes have none.
     With `is_split_into_words=True` words are joined without a blank: begin them with one where the model should see it.
 
     Two differences from `PerceiverTokenizer`: a pair whose second text is "" is a single text (unless it comes in a
-    batch), and truncating a pair by `longest_first` may cut the other text where both are equally long.
+    batch); and where `longest_first` cuts both texts of a pair to an odd total, the second keeps one byte more, not the
+    first. `vocab_size` is 262 like `len`, not 256, and tokens as strings are written as GPT-2 writes bytes.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -151,7 +152,7 @@ def _check_vocabulary(vocab: dict[str, int], merges: list | None) -> None:
 def encode_bytes(text: str | bytes) -> np.ndarray:
     """Text or UTF-8 bytes -> (n,) int64 ids, one per byte, without special tokens.
 
-    Some hundred times as fast as the tokenizer. A special token's name in the text is text like any other.
+    Hundreds of times as fast as the tokenizer. A special token's name in the text is text like any other.
     Raises ValueError for a lone surrogate, which UTF-8 cannot express.
     """
     if isinstance(text, str):
