@@ -37,9 +37,7 @@ class WindowSampler:
     Raises ValueError without text or for a length below 16.
     """
 
-    def __init__(
-        self, documents: Sequence[str], length: int, *, shorter: float = 0.2, paragraph_starts: float = 0.3
-    ):
+    def __init__(self, documents: Sequence[str], length: int, *, shorter: float = 0.2, paragraph_starts: float = 0.3):
         check_length(length)
         self.data = np.frombuffer("\n".join(documents).encode(), np.uint8)
         if len(self.data) <= length:
@@ -56,9 +54,7 @@ class WindowSampler:
         words = self.word_starts[rng.integers(len(self.word_starts), size=count)]
         lines = self.line_starts[rng.integers(len(self.line_starts), size=count)]
         starts = np.where(rng.random(count) < self.paragraph_starts, lines, words)
-        limits = np.where(
-            rng.random(count) < self.shorter, rng.integers(16, self.length + 1, size=count), self.length
-        )
+        limits = np.where(rng.random(count) < self.shorter, rng.integers(16, self.length + 1, size=count), self.length)
         return cut_windows(self.data, starts, limits, self.length)
 
 
@@ -131,7 +127,9 @@ class ByteMasker:
 
     def __init__(self, max_length: int, replacement: tuple[float, float, float] = (1.0, 0.0, 0.0)):
         if min(replacement) < 0 or abs(sum(replacement) - 1) > 1e-6:
-            raise ValueError(f"replacement={replacement} must be three shares that add up to 1, such as (0.8, 0.1, 0.1)")
+            raise ValueError(
+                f"replacement={replacement} must be three shares that add up to 1, such as (0.8, 0.1, 0.1)"
+            )
         self.max_length, self.replacement = max_length, replacement
 
     def __call__(
@@ -145,7 +143,9 @@ class ByteMasker:
         special = np.broadcast_to(np.asarray(special_tokens, bool), len(windows.text))
         longest = int((windows.lengths + 2 * special).max())
         if longest > self.max_length:
-            raise ValueError(f"a window needs {longest} tokens, more than max_length={self.max_length}; cut shorter ones")
+            raise ValueError(
+                f"a window needs {longest} tokens, more than max_length={self.max_length}; cut shorter ones"
+            )
         hidden = self._hide(windows, masked, rng)
         ids = np.full((len(hidden), self.max_length), PAD, np.int64)
         labels = np.full_like(ids, IGNORED)

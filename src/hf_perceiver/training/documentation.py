@@ -1,7 +1,7 @@
 """English prose from the documentation that comes with Python and the installed packages.
 
 Training text without a download: doc strings (read with `ast`, nothing is imported), `pydoc`'s topics and the
-descriptions in the packages' metadata. Same Python and same package versions, same text: `Documentation.sha256` says so.
+descriptions in the packages' metadata. Same Python and packages, same text: `Documentation.sha256` says so.
 """
 
 import ast
@@ -60,7 +60,17 @@ PACKAGES = (
     "threadpoolctl",
 )
 
-SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "__pycache__", "idlelib", "lib2to3", "ensurepip", "_vendor"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "testing",
+    "site-packages",
+    "__pycache__",
+    "idlelib",
+    "lib2to3",
+    "ensurepip",
+    "_vendor",
+}
 
 # A paragraph of English has many of these; code, tables and lists of names have few.
 COMMON_WORDS = frozenset(
@@ -78,15 +88,19 @@ _NAMED = re.compile(r"^[`*]{0,2}[A-Za-z_][\w.]*[`*]{0,2}\s?(?:\([^()]*(?:\([^()]
 _MARKUP = (
     (re.compile(r"\[([^\]\[]+)\]\((?:https?:|\.|/|#)[^)]*\)"), r"\1"),  # Markdown link
     (re.compile(r"`([^`<]+?)\s*<[^`>]+>`_{1,2}"), r"\1"),  # reST link
-    (re.compile(r":[a-z:+-]+:`[!~]?([^`<]*?)(?:\s*<[^`>]*>)?`"), r"\1"),  # reST role
-    (re.compile(r"\[`?~?([\w.]+(?:\(\))?)`?\](?!\()"), r"\1"),  # transformers' cross-reference
+    (re.compile(r":[a-z:+-]+:`~[\w.]*?(\w+(?:\(\))?)`"), r"\1"),  # reST role, last part of the name
+    (re.compile(r":[a-z:+-]+:`!?([^`<]*?)(?:\s*<[^`>]*>)?`"), r"\1"),  # reST role
+    (re.compile(r"\[`~[\w.]*?(\w+(?:\(\))?)`\](?!\()"), r"\1"),
+    (re.compile(r"\[`?([\w.]+(?:\(\))?)`?\](?!\()"), r"\1"),  # transformers' cross-reference
     (re.compile(r"\s?\[[\w\d]{1,12}\]_"), ""),  # reST citation
-    (re.compile(r"`{1,2}([^`]*)`{1,2}"), r"\1"),
+    (re.compile(r"`{1,2}~?([^`]*)`{1,2}"), r"\1"),
     (re.compile(r"\*\*([^*]+)\*\*"), r"\1"),
     (re.compile(r"(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])"), r"\1"),
     (re.compile(r"\s+"), " "),
 )
-_NOT_PROSE = re.compile(r">>>|https?:|\{\{|\$|\\\w|::|==|\|\||@|[A-Za-z_]\w*\([^)]*=|</|%\(|%[sd]|\{\w*\}|_{3}|~~|\.\.\.\.")
+_NOT_PROSE = re.compile(
+    r">>>|https?:|\{\{|\$|\\\w|::|==|\|\||@|[A-Za-z_]\w*\([^)]*=|</|%\(|%[sd]|\{\w*\}|_{3}|~~|\.\.\.\."
+)
 
 
 class Document(NamedTuple):
@@ -123,16 +137,18 @@ class Documentation:
         }
 
 
-def read_documentation(packages: Sequence[str] = PACKAGES, held_out_fraction: float = 0.03) -> Documentation:
+def read_documentation(
+    packages: Sequence[str] = PACKAGES, held_out_fraction: float = 0.03, standard_library: bool = True
+) -> Documentation:
     """Documentation of the standard library and of those `packages` that are installed, split by file.
 
-    Takes about a minute and a half with PyTorch and transformers installed.
+    Takes a minute or two with PyTorch and transformers installed.
     Raises ValueError for a fraction outside (0, 1) or if nothing is installed that has text.
     """
     if not 0 < held_out_fraction < 1:
         raise ValueError(f"held_out_fraction must lie between 0 and 1, not {held_out_fraction}; 0.03 is usual")
     versions = {"python": sysconfig.get_config_var("py_version") or sysconfig.get_python_version()}
-    raw = list(standard_library_strings())
+    raw = list(standard_library_strings()) if standard_library else []
     for package in packages:
         try:
             distribution = metadata.distribution(package)
@@ -159,7 +175,7 @@ def standard_library_strings() -> Iterator[tuple[str, list[str]]]:
 def distribution_strings(distribution: metadata.Distribution) -> Iterator[tuple[str, list[str]]]:
     """The same for each source file of an installed package, after its metadata's description."""
     name = distribution.metadata["Name"]
-    description = distribution.metadata.get_payload()
+    description = distribution.metadata.get_payload()  # type: ignore[attr-defined]
     if isinstance(description, str):
         yield f"{name}/README", [description]
     for file in sorted(distribution.files or [], key=lambda f: f.as_posix()):
@@ -192,7 +208,7 @@ def paragraphs(text: str) -> Iterator[str]:
     """Unwrapped paragraphs of one doc string, its markup removed; code, tables and headings are left out."""
     pending: list[str] = []
     indent = 0
-    fenced = False
+    hanging = fenced = False
     for line in [*_dedent(text), ""]:
         stripped = line.strip()
         if stripped.startswith(("```", "~~~")):
@@ -247,7 +263,8 @@ def unique_documents(raw: Iterable[tuple[str, list[str]]]) -> Iterator[Document]
 
 def split_documents(documents: Sequence[Document], held_out_fraction: float) -> tuple[list[Document], list[Document]]:
     """(train, held out) by a hash of the name; held-out paragraphs much like training ones are dropped."""
-    train, held_out = [], []
+    train: list[Document] = []
+    held_out: list[Document] = []
     for document in documents:
         share = int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:8], "big") / 2**64
         (held_out if share < held_out_fraction else train).append(document)

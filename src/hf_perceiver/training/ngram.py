@@ -18,7 +18,9 @@ class ByteNGram:
 
     def __init__(self, order: int = 5):
         if not 1 <= order <= 6:
-            raise ValueError(f"order={order} must be 1 to 6: a sequence and its next byte are counted in 64-bit numbers")
+            raise ValueError(
+                f"order={order} must be 1 to 6: a sequence and its next byte are counted in 64-bit numbers"
+            )
         self.order = order
         self.unigram = np.full(256, 1 / 256)
         self._counts: list[tuple[np.ndarray, np.ndarray]] = []  # per context length from 1: (sorted sequences, counts)
@@ -57,9 +59,9 @@ class ByteNGram:
             places = np.arange(types.sum()) - np.repeat(np.cumsum(types) - types, types) + np.repeat(first, types)
             found = np.zeros_like(result)
             found[rows, sequences[places] & 255] = counts[places]
-            result = (found + types[:, None] * result) / np.maximum(found.sum(1) + types, 1)[:, None] * (
-                types > 0
-            )[:, None] + result * (types == 0)[:, None]
+            result = (found + types[:, None] * result) / np.maximum(found.sum(1) + types, 1)[:, None] * (types > 0)[
+                :, None
+            ] + result * (types == 0)[:, None]
         return result
 
     def predict_bytes(self, windows: np.ndarray, masked: np.ndarray, chunk_size: int = 8192) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Training recipes that run: data, masks, baselines, and a script for each checkpoint that ships with the package."""
