@@ -8,8 +8,10 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForImageToImage,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -19,8 +21,11 @@ from transformers.utils import is_torchvision_available, is_vision_available
 
 from . import recipes
 from .arrays import ArrayPart, InputArray, QueryArray
+from .builtin import export_builtin, override_builtin, restore_builtin
 from .bundled import bundled_checkpoint
+from .checkpoint_names import apply_numerics
 from .configuration_perceiver_io import PerceiverIOConfig
+from .hub import save_with_code
 from .modeling_perceiver_io import (
     Encoding,
     PerceiverIOForImageClassification,
@@ -50,6 +55,44 @@ from .tokenization_perceiver_io import PerceiverIOTokenizer
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "AUTO_CLASSES",
+    "ArrayPart",
+    "Encoding",
+    "InputArray",
+    "OutputQuery",
+    "PerceiverIOConfig",
+    "PerceiverIOForImageClassification",
+    "PerceiverIOForMaskedLM",
+    "PerceiverIOForMultimodalAutoencoding",
+    "PerceiverIOForMultipleChoice",
+    "PerceiverIOForOpticalFlow",
+    "PerceiverIOForQuestionAnswering",
+    "PerceiverIOForSequenceClassification",
+    "PerceiverIOForTokenClassification",
+    "PerceiverIOModel",
+    "PerceiverIOPreTrainedModel",
+    "PerceiverIOTokenizer",
+    "PositionEncoding",
+    "Postprocessor",
+    "Preprocessor",
+    "QueryArray",
+    "Stem",
+    "apply_numerics",
+    "bundled_checkpoint",
+    "export_builtin",
+    "override_builtin",
+    "recipes",
+    "register",
+    "register_output_query",
+    "register_position_encoding",
+    "register_postprocessor",
+    "register_preprocessor",
+    "register_stem",
+    "restore_builtin",
+    "save_with_code",
+]
+
 AUTO_CLASSES = {
     AutoModel: PerceiverIOModel,
     AutoModelForMaskedLM: PerceiverIOForMaskedLM,
@@ -58,6 +101,9 @@ AUTO_CLASSES = {
     AutoModelForQuestionAnswering: PerceiverIOForQuestionAnswering,
     AutoModelForMultipleChoice: PerceiverIOForMultipleChoice,
     AutoModelForImageClassification: PerceiverIOForImageClassification,
+    # transformers has no Auto class for optical flow or autoencoding; these are the nearest.
+    AutoModelForImageToImage: PerceiverIOForOpticalFlow,
+    AutoModelForPreTraining: PerceiverIOForMultimodalAutoencoding,
 }
 
 
@@ -69,7 +115,8 @@ def register() -> None:
     AutoTokenizer.register(PerceiverIOConfig, tokenizer_class=PerceiverIOTokenizer, exist_ok=True)
     if is_vision_available():
         # ImageNet's preprocessing is the same; without torchvision the other name would resolve to this one, noisily.
-        from transformers import AutoImageProcessor, PerceiverImageProcessorPil
+        from transformers import PerceiverImageProcessorPil
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         processors = {"pil": PerceiverImageProcessorPil}
         if is_torchvision_available():

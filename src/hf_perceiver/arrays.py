@@ -35,12 +35,14 @@ class ArrayPart:
     def length(self) -> int:
         if self.features is not None:
             return self.features.shape[1]
-        return self.position.length if self.position is not None else 1
+        if self.position is not None:
+            return self.position.length
+        return 1 if self.replaced is None else self.replaced.shape[1]
 
     @property
     def batch_size(self) -> int:
         sizes = [t.shape[0] for t in (self.features, self.mask, self.replaced) if t is not None]
-        return max(sizes, default=1)
+        return max([1 if self.position is None else self.position.batch_size, *sizes])
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start to stop: (1 or B, stop - start, C)"""
@@ -111,6 +113,11 @@ class PerceiverArray:
     @property
     def batch_size(self) -> int:
         return max(part.batch_size for _, part in self)
+
+    @property
+    def like(self) -> Tensor:
+        """(1 or B, 1, C), an element of the array, for its device and dtype."""
+        return next(iter(self.parts.values())).dense(0, 1)
 
     def dense(self) -> Tensor:
         """(B, M, C), modalities in order."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -72,8 +73,8 @@ class Attention(nn.Module):
         return self._heads(self.k_proj(context), self.qk_head_dim), self._heads(self.v_proj(context), self.v_head_dim)
 
     def _heads(self, x: Tensor, head_dim: int) -> Tensor:
-        # -1, not the number of heads: under tensor parallelism each rank holds some of them.
-        return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+        # Counted here: under tensor parallelism each rank holds some of the heads.
+        return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim).transpose(1, 2)
 
     def forward(
         self,
@@ -108,12 +109,19 @@ class Attention(nn.Module):
         return self.o_proj(out), weights
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Any]:
+        if not q.shape[2]:  # no output point asked for; some backends refuse
+            return v.new_zeros(q.shape[0], 0, *v.shape[1::2]), None
         name = self.config._attn_implementation
         if name is not None and name.startswith("flash") and (mask is not None or q.shape[-1] != v.shape[-1]):
             # transformers' flash path slices the key mask to the number of queries and crops wider values.
             name = "sdpa"
         if name == "flex_attention" and mask is not None:
-            mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
+            # As scores to add, it crashes torch's CPU kernel.
+            keep = mask[:, 0, 0].contiguous()  # (B, M)
+            blocks: Any = create_block_mask(
+                lambda b, h, i, j: keep[b, j], len(keep), None, q.shape[2], k.shape[2], device=str(q.device)
+            )
+            mask = blocks
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -195,7 +203,8 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, C) -> keys and values, to be used by any number of calls"""
-        return self.cross_attn.project(self.context_norm(context))
+        # Raw inputs and their codes come in whatever dtype the user has; norms are never quantised.
+        return self.cross_attn.project(self.context_norm(context.to(self.context_norm.weight.dtype)))
 
     def forward(
         self,
@@ -203,15 +212,18 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
         context: Tensor | None,
         key_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
-        key_value: tuple[Tensor, Tensor] | None = None,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Either the context (B, M, C), or its projected keys and values."""
-        if key_value is None:
+        # One by one, for re-entrant checkpointing sees no tensor inside a tuple.
+        if keys is None or values is None:
             if context is None:
                 raise ValueError("give the context or its projected keys and values")
-            key_value = self.project(context)
-        attended, _ = self.cross_attn(self.query_norm(query), *key_value, key_mask, query_mask, **kwargs)
+            keys, values = self.project(context)
+        query = query.to(self.query_norm.weight.dtype)
+        attended, _ = self.cross_attn(self.query_norm(query), keys, values, key_mask, query_mask, **kwargs)
         attended = self.dropout(attended)
         x = query + attended if self.use_query_residual else attended
         return x + self.dropout(self.mlp(self.mlp_norm(x)))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .checkpoint_names import builtin_to_config, is_builtin_config
@@ -20,6 +21,7 @@ logger = logging.get_logger(__name__)
 _from_file = contextvars.ContextVar("_from_file", default=False)
 
 SHARING = ("all", "after_first", "none")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def _language_preprocessor() -> dict:
@@ -45,7 +47,7 @@ def _value_errors(cls: type) -> type:
 
         return call
 
-    for name in ("__init__", "__setattr__"):
+    for name in ("__init__", "__setattr__", "validate"):
         setattr(cls, name, wrap(getattr(cls, name)))
     return cls
 
@@ -79,6 +81,8 @@ class PerceiverIOConfig(PretrainedConfig):
     initializer_range (`float`): standard deviation of `initializer="normal"`.
     preprocessor, output_query, postprocessor (`dict`): the three specs; the last two may be None (features only).
     vocab_size, num_labels: owned by this level, parts refer to them.
+    custom_modules (`list[str]`, *optional*): which modules registered the parts that are not this package's; filled in
+        by the model, and by `save_with_code` with the files that it puts beside the weights.
 
     Raises ValueError that names the value and what is allowed.
     """
@@ -108,8 +112,8 @@ class PerceiverIOConfig(PretrainedConfig):
     cross_attention_widening_factor: int = 1
     use_query_residual: bool = True
     cross_attend_before_blocks: list[int] | tuple[int, ...] = (0,)
-    cross_attend_sharing: str | list[int] = "all"
-    block_sharing: str | list[int] = "all"
+    cross_attend_sharing: str | list[int] | tuple[int, ...] = "all"
+    block_sharing: str | list[int] | tuple[int, ...] = "all"
 
     decoder_num_heads: int = 8
     decoder_qk_channels: int | None = 256
@@ -129,6 +133,7 @@ class PerceiverIOConfig(PretrainedConfig):
     preprocessor: dict[str, Any] = field(default_factory=_language_preprocessor)
     output_query: dict[str, Any] | None = field(default_factory=_language_query)
     postprocessor: dict[str, Any] | None = field(default_factory=lambda: {"kind": "tokens"})
+    custom_modules: list[str] | None = None
 
     vocab_size: int = 262
     pad_token_id: int | None = 0
@@ -143,11 +148,23 @@ class PerceiverIOConfig(PretrainedConfig):
         self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
 
-    def _refuse_misspelt(self, unknown: dict[str, Any]) -> None:
-        known = {f.name for f in fields(self)} | set(self.attribute_map)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "num_hidden_layers":
+            if value != self.num_hidden_layers:
+                raise ValueError(
+                    f"num_hidden_layers={value} cannot be set: it is num_blocks * num_self_attends_per_block, "
+                    f"{self.num_hidden_layers} here; set those"
+                )
+            return
+        # As config.json gives them back, so that a config equals its reloaded self; and a copy, not the caller's dict.
+        super().__setattr__(name, _as_json(value) if name in _JSON_FIELDS else value)
+
+    @classmethod
+    def _refuse_misspelt(cls, unknown: dict[str, Any]) -> None:
+        known = {f.name for f in fields(cls)} | set(cls.attribute_map)
         for name in unknown:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-            if not close or name in _LET_THROUGH:
+            if not close or name in known or name in _LET_THROUGH:
                 continue
             message = f"PerceiverIOConfig has no field {name!r}; did you mean {close[0]!r}?"
             if not _from_file.get():
@@ -183,9 +200,13 @@ class PerceiverIOConfig(PretrainedConfig):
             "decoder_widening_factor",
             "vocab_size",
         )
-        for name in positive:
+        optional = ("qk_channels", "v_channels", "decoder_qk_channels", "decoder_v_channels")
+        for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("latents_init_scale", "initializer_range", "layer_norm_eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.num_self_attends_per_block < 0:
             raise ValueError(f"num_self_attends_per_block must be 0 or more, not {self.num_self_attends_per_block}")
         for name in ("dropout", "attention_dropout"):
@@ -194,8 +215,21 @@ class PerceiverIOConfig(PretrainedConfig):
         qk = self.qk_channels or self.d_latents
         for name, width in (("qk_channels", qk), ("v_channels", self.v_channels or qk)):
             check_heads(f"{name} of the self-attends", width, "num_self_attention_heads", self.num_self_attention_heads)
+        qk = self.decoder_qk_channels or self.d_latents
+        for name, width in (("decoder_qk_channels", qk), ("decoder_v_channels", self.decoder_v_channels or qk)):
+            if self.output_query is not None:
+                check_heads(name, width, "decoder_num_heads", self.decoder_num_heads)
 
-    def validate_sharing(self) -> None:
+    def validate_problem_type(self) -> None:
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type={self.problem_type!r} must be one of {', '.join(PROBLEM_TYPES)}, or None")
+
+    def validate_hidden_act(self) -> None:
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} must be one of {', '.join(sorted(ACT2FN))}")
+
+    # Validators run in the order of their names; this one builds on the sizes.
+    def validate_weight_sharing(self) -> None:
         before = list(self.cross_attend_before_blocks)
         if not before or any(not 0 <= block < self.num_blocks for block in before) or before != sorted(before):
             raise ValueError(
@@ -218,33 +252,64 @@ class PerceiverIOConfig(PretrainedConfig):
             if getattr(self, name) is not None:
                 check_spec(name.replace("_", " "), getattr(self, name))
 
+    def validate_custom_modules(self) -> None:
+        for name in self.custom_modules or []:
+            if not all(word.isidentifier() for word in name.split(".")):
+                raise ValueError(f"custom_modules names Python modules; {name!r} cannot be one")
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # Translated here as well as in from_dict: from_pretrained compares the model type in between.
         if cls.model_type == "perceiver_io" and is_builtin_config(config_dict):
-            config_dict = builtin_to_config(config_dict, numerics=kwargs.pop("numerics", None))
+            config_dict = builtin_to_config(config_dict, kwargs.pop("numerics", None), kwargs.pop("architecture", None))
         return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; a built-in Perceiver's dict is translated, `numerics="builtin"` (default) or "deepmind"."""
+        """As in transformers; a built-in Perceiver's dict is translated, `numerics="builtin"` (default) or "deepmind".
+
+        architecture: the built-in class that wrote it, where the dict does not tell.
+        """
         if is_builtin_config(config_dict):
-            config_dict = builtin_to_config(config_dict, numerics=kwargs.pop("numerics", None))
+            config_dict = builtin_to_config(config_dict, kwargs.pop("numerics", None), kwargs.pop("architecture", None))
         elif "numerics" in kwargs:
             raise ValueError(
                 f"numerics={kwargs['numerics']!r} chooses how a checkpoint of transformers' own Perceiver is read; this "
                 "one is already a perceiver_io checkpoint, whose numerics are the fields of its config"
             )
+        # These come from the caller; what the file holds is looked at below.
+        cls._refuse_misspelt(kwargs)
         token = _from_file.set(True)
         try:
-            return super().from_dict(config_dict, **kwargs)
+            made = super().from_dict(config_dict, **kwargs)
         finally:
             _from_file.reset(token)
+        (made[0] if isinstance(made, tuple) else made).validate()  # once more: the caller's changes were set one by one
+        return made
 
 
 # Close to a field's name by accident, and put there by transformers.
-_LET_THROUGH = frozenset({"num_labels", "output_attentions", "attn_implementation", "transformers_version"})
+_LET_THROUGH = frozenset(
+    {"num_labels", "output_attentions", "attn_implementation", "tie_encoder_decoder", "unk_token_id"}
+)
+# Fields that JSON gives back as something else.
+_JSON_FIELDS = frozenset(
+    {
+        "preprocessor",
+        "output_query",
+        "postprocessor",
+        "cross_attend_before_blocks",
+        "cross_attend_sharing",
+        "block_sharing",
+    }
+)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def check_heads(name: str, channels: int, heads_name: str, num_heads: int) -> None:

@@ -5,7 +5,9 @@ Papers: Perceiver IO (arXiv 2107.14795), Perceiver (arXiv 2103.03206). Numbers: 
 """
 
 import copy
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,14 +17,16 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .arrays import InputArray, PerceiverArray, QueryArray
+from .arrays import InputArray, QueryArray
 from .attention import Attention, CrossAttentionLayer, SelfAttentionLayer
+from .checkpoint_weights import final_layer_renamings
 from .configuration_perceiver_io import PerceiverIOConfig
+from .custom_modules import import_custom_modules, note_custom_modules
 from .losses import classification_loss, cross_entropy
 from .output_queries import OutputQuery
 from .position_encoding import truncated_normal_
-from .postprocessors import Postprocessor
-from .preprocessors import Preprocessor
+from .postprocessors import Postprocessor  # noqa: F401 - fills the table
+from .preprocessors import Preprocessor, element_mask
 from .registry import OUTPUT_QUERIES, POSTPROCESSORS, PREPROCESSORS
 from .weight_init import align_positions, init_module
 
@@ -135,7 +139,7 @@ class Encoder(nn.Module):
             if step == "read":
                 latents = self.cross_attends[index](latents, context, mask, **kwargs)
             else:
-                for layer in self.blocks[index]:  # type: ignore[union-attr]
+                for layer in self.blocks[index]:  # type: ignore[attr-defined]
                     latents = layer(latents, **kwargs)
         return latents
 
@@ -166,7 +170,7 @@ class Decoder(nn.Module):
     def forward(
         self, query: Tensor, key_value: tuple[Tensor, Tensor], query_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        return self.cross_attend(query, None, None, query_mask, key_value, **kwargs)
+        return self.cross_attend(query, None, None, query_mask, *key_value, **kwargs)
 
 
 class PerceiverIOPreTrainedModel(PreTrainedModel):
@@ -204,6 +208,26 @@ class PerceiverIOPreTrainedModel(PreTrainedModel):
         "encoder.blocks.*.*.mlp.down_proj": "rowwise",
     }
 
+    def __init__(self, config: PerceiverIOConfig, *args: Any, **kwargs: Any):
+        config.validate()  # fields may have been set since it was made
+        note_custom_modules(config)
+        super().__init__(config, *args, **kwargs)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # In code that is not its own, transformers passes by modules whose own tensors were all loaded, and so those
+        # that have none. Ours draw for their children (attention, mask tokens, zero heads), looking at each one's flag.
+        has_own = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        super()._initialize_weights(module, is_custom_code and has_own)
+
+    def enable_input_require_grads(self) -> None:
+        """As in transformers; where there are no token embeddings, the latents are where gradients start."""
+        if self.get_input_embeddings() is not None:
+            super().enable_input_require_grads()
+            return
+        model: Any = getattr(self, self.base_model_prefix, self)
+        hook = model.encoder.latents.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        self._require_grads_hook, self._require_grads_hooks = hook, [hook]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -211,20 +235,45 @@ class PerceiverIOPreTrainedModel(PreTrainedModel):
         if isinstance(module, PerceiverIOModel) and self.config.initializer == "position_aligned":
             align_positions(module)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> Any:
         """As in transformers, always in this package's own names.
 
         Trainer reads its checkpoints back without the conversion, so the built-in's names would be lost on resume;
-        `export_builtin` writes what transformers' own Perceiver loads.
+        `export_builtin` writes what transformers' own Perceiver loads. Code stays behind, see `save_with_code`.
         """
+        if not self.is_remote_code() and getattr(self.config, "auto_map", None):
+            # Files that are not written would be asked for by everyone who lacks this package.
+            self.config.auto_map = {auto: ref for auto, ref in self.config.auto_map.items() if "--" in str(ref)}
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; trust_remote_code=True also runs the parts that a checkpoint brings along."""
+        if kwargs.get("trust_remote_code"):
+            import_custom_modules(pretrained_model_name_or_path, cls.config_class, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Registered conversions know a model's type, not its parts.
+        load_config.weight_mapping.extend(final_layer_renamings(model.config))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
 
 class PerceiverIOModel(PerceiverIOPreTrainedModel):
     """The whole model: any preprocessor, encoder, output query, decoder, postprocessor that a config names.
 
-    Without an output query and a postprocessor it stops at the latents.
+    Without an output query and a postprocessor it stops at the latents: features of any checkpoint without the cost of
+    its answers are `AutoModel.from_pretrained(checkpoint, output_query=None, postprocessor=None)`, in a pipeline
+    `model_kwargs={"output_query": None, "postprocessor": None}`.
     """
+
+    # That of the default config; each model has its preprocessor's.
+    main_input_name = "input_ids"
 
     def __init__(self, config: PerceiverIOConfig):
         super().__init__(config)
@@ -240,17 +289,20 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
             read_out_channels = self.output_query.channels  # type: ignore[union-attr]
             self.decoder = Decoder(config, read_out_channels)
         if config.postprocessor is not None:
-            self.postprocessor = POSTPROCESSORS.build(
-                config.postprocessor, config=config, in_channels=read_out_channels, preprocessor=self.preprocessor
-            )
-            reads_latents = getattr(self.postprocessor, "reads_latents", False)
-            if reads_latents != (config.output_query is None):
-                kind = config.postprocessor["kind"]
+            kind = config.postprocessor["kind"]
+            reads_latents = getattr(POSTPROCESSORS.classes.get(kind), "reads_latents", False)
+            if kind in POSTPROCESSORS.classes and reads_latents != (config.output_query is None):
                 raise ValueError(
                     f"postprocessor kind {kind!r} reads the latents themselves; set output_query=None"
                     if reads_latents
                     else f"postprocessor kind {kind!r} reads decoded queries; give the config an output_query"
                 )
+            self.postprocessor = POSTPROCESSORS.build(
+                config.postprocessor, config=config, in_channels=read_out_channels, preprocessor=self.preprocessor
+            )
+        if config.output_query is None and config.postprocessor is None:
+            # Left out on purpose, nothing to report.
+            self._keys_to_ignore_on_load_unexpected = [r"^(perceiver\.)?(output_query|decoder|postprocessor)\."]
         self.main_input_name = getattr(self.preprocessor, "main_input_name", "inputs")
         if getattr(self.postprocessor, "tied", False) and config.tie_word_embeddings:
             tied = {"postprocessor.output_embedding.weight": "preprocessor.embedding.weight"}
@@ -281,6 +333,7 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
         output_points: Any = None,
         coordinates: Any = None,
         chunk_size: int | None = None,
+        query_mask: Any = None,
         interpolate_pos_encoding: bool = False,
         decode: bool = True,
         **kwargs: Any,
@@ -300,7 +353,15 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
         )
         logits = None
         if decode and self.postprocessor is not None:
-            logits = self.decode(encoding, output_points, coordinates, chunk_size, **kwargs)
+            logits = self.decode(
+                encoding,
+                output_points,
+                coordinates,
+                chunk_size,
+                query_mask=query_mask,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                **kwargs,
+            )
         return PerceiverIOOutput(
             last_hidden_state=encoding.latents, pooler_output=encoding.latents.mean(dim=1), logits=logits
         )
@@ -321,14 +382,17 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
         """
         options = {"coordinates": input_coordinates, "interpolate_pos_encoding": interpolate_pos_encoding}
         options = {name: value for name, value in options.items() if value is not None and value is not False}
-        made = self.preprocessor(inputs, attention_mask, **options)
-        input_array = made if isinstance(made, PerceiverArray) else InputArray.of(made)
+        input_array: Any = InputArray.of(self.preprocessor(inputs, attention_mask, **options))
+        batch = input_array.batch_size
         if latents is not None:
             latents = latents if latents.ndim == 3 else latents[None]
             if latents.ndim != 3 or latents.shape[-1] != self.config.d_latents:
                 raise ValueError(f"latents are (batch, N, {self.config.d_latents}), not {tuple(latents.shape)}")
+            if len({batch, len(latents)} - {1}) > 1:
+                raise ValueError(f"{len(latents)} latent arrays for a batch of {batch}; give one, or one for each")
+            batch = max(batch, len(latents))
         z = self.encoder(input_array, latents, **kwargs)
-        return Encoding(latents=z.expand(input_array.batch_size, -1, -1), input_array=input_array)
+        return Encoding(latents=z.expand(batch, -1, -1), input_array=input_array)
 
     def decode(
         self,
@@ -336,27 +400,39 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
         output_points: Any = None,
         coordinates: Any = None,
         chunk_size: int | None = None,
+        query_mask: Any = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Ask an encoding: all of the output query, or some of it -> the postprocessor's output.
 
         output_points: flat indices (n,) or (B, n) into the output grid; coordinates: (n, d) or (B, n, d) in [-1, 1];
         dicts by modality where there are several. chunk_size: queries decoded at a time, for bounded memory. The
-        latents' keys and values are projected once.
+        latents' keys and values are projected once. query_mask (B, O), 1 = asked, over the queries asked for: a masked
+        query attends to nothing. interpolate_pos_encoding resizes the queries' trained positions.
         """
         if self.postprocessor is None:
             raise ValueError("this config has no postprocessor; there is nothing to decode, use encode()")
         if self.output_query is None or self.decoder is None:
+            if output_points is not None or coordinates is not None:
+                raise ValueError(
+                    "this model reads its output from the latents, not from queries: there are no output_points or "
+                    "coordinates to choose"
+                )
             return self.postprocessor.read_out(encoding.latents)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is a number of queries from 1, not {chunk_size}")
-        query = QueryArray.of(self.output_query(encoding.input_array, output_points, coordinates))
+        options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+        query = QueryArray.of(self.output_query(encoding.input_array, output_points, coordinates, **options))
+        if query_mask is not None:
+            query = mask_queries(query, query_mask, encoding.latents.shape[0])
         key_value = self.decoder.project(encoding.latents)
         read_out = getattr(self.postprocessor, "read_out", None)
         points = {}
         for name, part in query:
             chunks = []
-            for start in range(0, part.length, chunk_size or max(part.length, 1)):
+            # At least one chunk: no points asked are an empty answer of the right width.
+            for start in range(0, max(part.length, 1), chunk_size or max(part.length, 1)):
                 stop = min(start + (chunk_size or part.length), part.length)
                 mask = None if part.mask is None else part.mask[:, start:stop]
                 decoded = self.decoder(part.dense(start, stop), key_value, mask, **kwargs)
@@ -380,8 +456,8 @@ class PerceiverIOHead(PerceiverIOPreTrainedModel):
     postprocessor_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, config: PerceiverIOConfig):
+        config = self._claim(config)
         super().__init__(config)
-        self._claim(config)
         self.perceiver = PerceiverIOModel(config)
         self.post_init()
 
@@ -406,8 +482,8 @@ class PerceiverIOHead(PerceiverIOPreTrainedModel):
         self.perceiver.set_output_embeddings(value)
 
     @classmethod
-    def _claim(cls, config: PerceiverIOConfig) -> None:
-        """Write this head's output side into the config where the one there does not fit."""
+    def _claim(cls, config: PerceiverIOConfig) -> PerceiverIOConfig:
+        """The config, or a copy with this head's output side where the one there does not fit."""
         kind = config.preprocessor["kind"]
         if cls.preprocessor_kinds and kind in PREPROCESSORS.packaged and kind not in cls.preprocessor_kinds:
             raise ValueError(
@@ -415,7 +491,8 @@ class PerceiverIOHead(PerceiverIOPreTrainedModel):
                 f"{kind!r}; take a config whose preprocessor fits, for instance from hf_perceiver.recipes"
             )
         if cls._fits(config):
-            return
+            return config
+        config = copy.deepcopy(config)
         old = [(side or {}).get("kind") for side in (config.output_query, config.postprocessor)]
         config.output_query, config.postprocessor = cls._default_sides(config)
         new = [(side or {}).get("kind") for side in (config.output_query, config.postprocessor)]
@@ -423,6 +500,7 @@ class PerceiverIOHead(PerceiverIOPreTrainedModel):
             f"{cls.__name__}: output query {old[0]!r} and postprocessor {old[1]!r} of the config are for another task; "
             f"using {new[0]!r} and {new[1]!r}, newly initialised where the checkpoint has no weights for them"
         )
+        return config
 
     @classmethod
     def _fits(cls, config: PerceiverIOConfig) -> bool:
@@ -433,16 +511,27 @@ class PerceiverIOHead(PerceiverIOPreTrainedModel):
             return False
         if any(post.get(name) != value for name, value in cls.postprocessor_options.items()):
             return False
+        of_labels = post["kind"] in ("classification", "projection", "average") and not cls.postprocessor_options
+        if of_labels and post.get("num_outputs") not in (None, config.num_labels):
+            return False
         if post["kind"] == "average":
             return not query
+        if cls.query_kind == "tasks" and query.get("kind") == "position" and math.prod(query.get("grid") or [0]) == 1:
+            return True  # one query at a place of its own, a class query as well
         return query.get("kind") == cls.query_kind or query.get("kind") not in {None, *OUTPUT_QUERIES.packaged}
 
     @classmethod
     def _default_sides(cls, config: PerceiverIOConfig) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        query = config.output_query
+        query, post = config.output_query, config.postprocessor or {}
+        if post.get("kind") not in cls.postprocessor_kinds:
+            post = {"kind": cls.postprocessor_kinds[0]}
+        # What stays is the same read-out of another width, which num_labels or this head decides.
+        post = {name: value for name, value in post.items() if name != "num_outputs"} | cls.postprocessor_options
+        if post["kind"] == "average":
+            return None, post
         if query is None or query.get("kind") != cls.query_kind:
             query = cls._default_query(config)
-        return query, {"kind": cls.postprocessor_kinds[0], **cls.postprocessor_options}
+        return query, post
 
     @classmethod
     def _default_query(cls, config: PerceiverIOConfig) -> dict[str, Any]:
@@ -458,6 +547,18 @@ class PerceiverIOHead(PerceiverIOPreTrainedModel):
                 )
             return {"kind": "position", "position": copy.deepcopy(position), "use_input_mask": True}
         return {"kind": cls.query_kind}
+
+
+def mask_queries(query: QueryArray, query_mask: Any, batch_size: int) -> QueryArray:
+    """The queries with a mask (B, O), or a dict of them by modality, added to what masks they have."""
+    masks = query_mask if isinstance(query_mask, Mapping) else dict.fromkeys(query.parts, query_mask)
+    parts = dict(query.parts)
+    for name, given in masks.items():
+        if name not in parts:
+            raise ValueError(f"unknown modality {name!r} in the query mask; asked for: {', '.join(parts)}")
+        mask, own = element_mask(given, (batch_size, parts[name].length)), parts[name].mask
+        parts[name] = replace(parts[name], mask=mask if own is None or mask is None else own & mask)
+    return QueryArray(parts)
 
 
 def query_width(config: PerceiverIOConfig) -> int:
@@ -497,6 +598,16 @@ class PerceiverIOForMaskedLM(PerceiverIOHead):
     preprocessor_kinds = ("text",)
     query_kind = "position"
     postprocessor_kinds = ("tokens",)
+
+    @classmethod
+    def _default_sides(cls, config: PerceiverIOConfig) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        query, post = super()._default_sides(config)
+        asked = copy.deepcopy(config)
+        asked.output_query = query
+        channels = config.preprocessor.get("channels")
+        if channels and post.get("tied", True) and query_width(asked) != channels:
+            post.setdefault("project", channels)  # tied tokens are as wide as the embedding
+        return query, post
 
     @can_return_tuple
     def forward(

@@ -2,10 +2,10 @@
 
 An output query of your own is an nn.Module with `channels` (E) whose forward takes `(input_array, output_points,
 coordinates)` and returns a (1 or B, O, E) tensor, an ArrayPart or a QueryArray; register it with
-`@register_output_query("kind")`. Source: deepmind-research perceiver/perceiver.py (decoder_query of each decoder).
+`@register_output_query("kind")`. With interpolate_pos_encoding=True it gets that keyword too.
+Source: deepmind-research perceiver/perceiver.py (decoder_query of each decoder).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .arrays import ArrayPart, InputArray, PerceiverArray, QueryArray
 from .configuration_perceiver_io import PerceiverIOConfig
 from .position_encoding import TableCode, build_position_encoding, truncated_normal_
-from .preprocessors import check_modality_name
+from .preprocessors import check_modality_name, values_known
 from .registry import OUTPUT_QUERIES, register_output_query
 
 
@@ -26,7 +26,7 @@ class OutputQuery(nn.Module):
     channels: int
 
     def forward(
-        self, input_array: InputArray, output_points: Any = None, coordinates: Any = None
+        self, input_array: InputArray, output_points: Any = None, coordinates: Any = None, **kwargs: Any
     ) -> QueryArray | ArrayPart | Tensor:
         raise NotImplementedError
 
@@ -35,9 +35,10 @@ class OutputQuery(nn.Module):
 class PositionQuery(OutputQuery):
     """A query per point of the output grid: its position code, optionally after the input's features.
 
-    grid: the output grid; None takes the input's, times `scale` (one factor per axis). use_input_mask: masked input
-    elements are masked queries too, as in the language model. concat_input: the features of the input element at the
-    same place come first (DeepMind's concat_preprocessed_input).
+    grid: the output grid; None takes the input's, times `scale` (one factor per axis). With both, `grid` is for inputs
+    that have none. use_input_mask: masked input elements are masked queries too, as in the language model, and an input
+    shorter than `grid` asks its first points. concat_input: the features of the input element at the same place come
+    first (DeepMind's concat_preprocessed_input).
     output_points (n,) or (B, n) ask only these flat indices; coordinates (n, d) or (B, n, d) any place in [-1, 1].
     """
 
@@ -66,26 +67,30 @@ class PositionQuery(OutputQuery):
             feature_channels = preprocessor.channels - (before if combine == "concat" else 0)
         self.channels = encoding.channels + feature_channels
 
-    def forward(self, input_array: InputArray, output_points: Any = None, coordinates: Any = None) -> ArrayPart:
-        like = next(self.parameters(), None)
-        reads = PerceiverArray.of(input_array).parts
-        source = next(iter(reads.values())) if len(reads) == 1 else None
-        return self._ask(source, like, _reference(input_array), output_points, coordinates)
-
-    def _ask(
-        self, source: ArrayPart | None, like: Tensor | None, reference: Tensor, points: Any, coordinates: Any
+    def forward(
+        self,
+        input_array: InputArray,
+        output_points: Any = None,
+        coordinates: Any = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
     ) -> ArrayPart:
-        device, dtype = reference.device, reference.dtype if like is None else like.dtype
+        like = input_array.like
+        device, dtype = like.device, like.dtype
+        source = input_array.part if len(input_array.parts) == 1 else None
         if coordinates is not None:
-            if points is not None:
+            if output_points is not None:
                 raise ValueError("give output_points or coordinates, not both")
             if self.concat_input:
                 raise ValueError("a query that holds the input's features cannot be asked at free coordinates")
             code = self.position.encode_at(torch.as_tensor(coordinates, device=device), dtype=dtype)
             return ArrayPart(position=code)
         grid = self._grid(source)
-        code = self.position.encode(grid, device=device, dtype=dtype)
+        code = self.position.encode(grid, device=device, dtype=dtype, interpolate=interpolate_pos_encoding)
         part = ArrayPart(position=code, grid=grid)
+        if self.use_input_mask and source is not None and len(grid) == 1 and source.length < part.length:
+            # A text shorter than the grid that the model was trained on asks the first points of that grid.
+            part = part.select(torch.arange(source.length, device=device))
         if self.use_input_mask and source is not None and source.mask is not None:
             if source.length != part.length:
                 raise ValueError(f"use_input_mask: {source.length} input elements for {part.length} queries")
@@ -95,7 +100,7 @@ class PositionQuery(OutputQuery):
                 have = 0 if source is None else source.length
                 raise ValueError(f"concat_input needs one input element per query: {have} for {part.length}")
             part.features = source.features
-        return part if points is None else part.select(check_points(points, part.length, device))
+        return part if output_points is None else part.select(check_points(output_points, part.length, device))
 
     def _grid(self, source: ArrayPart | None) -> tuple[int, ...]:
         if self.grid is not None and (self.scale is None or source is None or source.grid is None):
@@ -129,7 +134,9 @@ class TaskQuery(OutputQuery):
     def reset_own_parameters(self) -> None:
         truncated_normal_(self.task_queries, self.init_scale)
 
-    def forward(self, input_array: InputArray, output_points: Any = None, coordinates: Any = None) -> ArrayPart:
+    def forward(
+        self, input_array: InputArray, output_points: Any = None, coordinates: Any = None, **kwargs: Any
+    ) -> ArrayPart:
         if coordinates is not None:
             raise ValueError("task queries have no coordinates; choose tasks with output_points")
         part = ArrayPart(position=TableCode(self.task_queries[None]), grid=(self.task_queries.shape[0],))
@@ -147,22 +154,27 @@ class InputQuery(OutputQuery):
         self.channels = preprocessor.channels
         self.use_input_mask = use_input_mask
 
-    def forward(self, input_array: InputArray, output_points: Any = None, coordinates: Any = None) -> ArrayPart:
+    def forward(
+        self, input_array: InputArray, output_points: Any = None, coordinates: Any = None, **kwargs: Any
+    ) -> ArrayPart:
         if coordinates is not None:
             raise ValueError("queries made of the input's features cannot be asked at free coordinates")
-        part = replace(PerceiverArray.of(input_array).part)
+        part = replace(input_array.part)
+        if not part.length:
+            raise ValueError("queries made of the input's features need that input; it is missing here")
         if not self.use_input_mask:
             part.mask = None
         if output_points is None:
             return part
-        return part.select(check_points(output_points, part.length, _reference(input_array).device))
+        return part.select(check_points(output_points, part.length, input_array.like.device))
 
 
 @register_output_query("multimodal")
 class MultimodalQuery(OutputQuery):
     """One query per modality, each padded with its own trained vector to a common width, in sorted order.
 
-    modalities: name -> output query spec; a name that is an input's too takes its grid from that input.
+    modalities: name -> output query spec; a name that is an input's too takes its grid from that input, and needs the
+    option `grid` to be asked whole where that input is missing.
     output_points and coordinates are dicts by name; output_points also says which modalities are asked: a name with
     None is asked whole, an absent one not at all. None asks everything.
     """
@@ -176,9 +188,12 @@ class MultimodalQuery(OutputQuery):
         for name in modalities:
             check_modality_name(name)
         inputs = getattr(preprocessor, "modalities", {})
+        self.input_names = frozenset(inputs)
         built: dict[str, Any] = {
             name: OUTPUT_QUERIES.build(
-                modalities[name], config=config, preprocessor=inputs[name] if name in inputs else preprocessor
+                modalities[name],
+                config=config,
+                preprocessor=inputs[name] if name in inputs else preprocessor,  # noqa: SIM401 - a ModuleDict has no get
             )
             for name in sorted(modalities)
         }
@@ -192,7 +207,9 @@ class MultimodalQuery(OutputQuery):
         for parameter in self.padding.values():
             truncated_normal_(parameter, 0.02)
 
-    def forward(self, input_array: InputArray, output_points: Any = None, coordinates: Any = None) -> QueryArray:
+    def forward(
+        self, input_array: InputArray, output_points: Any = None, coordinates: Any = None, **kwargs: Any
+    ) -> QueryArray:
         for what, given in (("output_points", output_points), ("coordinates", coordinates)):
             if given is None:
                 continue
@@ -206,10 +223,21 @@ class MultimodalQuery(OutputQuery):
         for name, query in self.modalities.items():
             if name not in asked:
                 continue
-            source = InputArray({name: input_array.parts[name]}) if name in input_array.parts else input_array
-            made = query(source, (output_points or {}).get(name), (coordinates or {}).get(name))
-            parts[name] = replace(PerceiverArray.of(made).part, constant=self.padding[name])
+            source = self._source(name, input_array)
+            made = query(source, (output_points or {}).get(name), (coordinates or {}).get(name), **kwargs)
+            part = PerceiverArray.of(made).part
+            # The mask token of an input that asks: its own channels, which come first, and this query's padding.
+            token = None if part.token is None else torch.cat([part.token[: query.channels], self.padding[name]])
+            parts[name] = replace(part, constant=self.padding[name], token=token)
         return QueryArray(parts)
+
+    def _source(self, name: str, input_array: InputArray) -> InputArray:
+        if name in input_array.parts:
+            return InputArray({name: input_array.parts[name]})
+        if name in self.input_names:
+            # Missing: an empty set, not the grid of some other modality.
+            return InputArray({name: ArrayPart(features=input_array.like[:, :0])})
+        return input_array
 
 
 def check_points(points: Any, length: int, device: torch.device) -> Tensor:
@@ -219,25 +247,11 @@ def check_points(points: Any, length: int, device: torch.device) -> Tensor:
         raise ValueError(
             f"output_points are flat integer indices (n,) or (batch, n), not {tuple(points.shape)} {points.dtype}"
         )
-    if points.numel() and not torch.compiler.is_compiling():
+    if values_known(points):
         low, high = int(points.min()), int(points.max())
         if low < 0 or high >= length:
             raise ValueError(f"output_points {low}..{high} lie outside the output grid of {length} points")
     return points.long()
-
-
-def _reference(array: PerceiverArray) -> Tensor:
-    """Some tensor of the array, for its device and dtype."""
-    for _, part in array:
-        if part.features is not None:
-            return part.features
-    for _, part in array:
-        if part.position is not None:
-            return part.position.dense(0, math.prod((1,)))
-    for _, part in array:
-        if part.token is not None:
-            return part.token
-    raise ValueError("the input array is empty")
 
 
 OUTPUT_QUERIES.seal()

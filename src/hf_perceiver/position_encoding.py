@@ -23,7 +23,10 @@ RULES = ("dense", "sampled", "index")
 
 
 class Code(Protocol):
-    """Positions of one array, dense on demand."""
+    """Positions of one array, dense on demand; `batch_size` is 1 where they are the same for every example."""
+
+    @property
+    def batch_size(self) -> int: ...
 
     @property
     def length(self) -> int: ...
@@ -41,6 +44,10 @@ class TableCode:
     """Any table of positions (1 or B, M, C)."""
 
     table: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        return self.table.shape[0]
 
     @property
     def length(self) -> int:
@@ -70,6 +77,10 @@ class AxisCode:
     points: Tensor | None = None
 
     @property
+    def batch_size(self) -> int:
+        return 1 if self.points is None or self.points.ndim == 1 else self.points.shape[0]
+
+    @property
     def length(self) -> int:
         return math.prod(self.grid) if self.points is None else self.points.shape[-1]
 
@@ -96,7 +107,8 @@ class AxisCode:
 
     def select(self, points: Tensor) -> "AxisCode":
         if self.points is not None:
-            points = self.points[..., points] if points.ndim == 1 else self.points.expand(points.shape[0], -1).gather(1, points)
+            of_batch = points.ndim == 2
+            points = self.points.expand(len(points), -1).gather(1, points) if of_batch else self.points[..., points]
         return AxisCode(self.blocks, self.grid, points)
 
 
@@ -107,6 +119,10 @@ class CoordinateCode:
     coordinates: Tensor
     encoding: "FourierPositionEncoding"
     dtype: torch.dtype
+
+    @property
+    def batch_size(self) -> int:
+        return self.coordinates.shape[0]
 
     @property
     def length(self) -> int:
@@ -131,6 +147,10 @@ class ProjectedCode:
 
     base: Code
     module: "ProjectedPositionEncoding"
+
+    @property
+    def batch_size(self) -> int:
+        return self.base.batch_size
 
     @property
     def length(self) -> int:
@@ -200,6 +220,10 @@ class FourierPositionEncoding(PositionEncoding):
             raise ValueError(f"max_resolution={list(max_resolution)} has not num_axes={num_axes} entries")
         if num_bands < 1:
             raise ValueError(f"num_bands must be at least 1, not {num_bands}")
+        if any(n < 1 for n in max_resolution or [num_axes or 0]):
+            raise ValueError(
+                f"max_resolution={max_resolution} and num_axes={num_axes}: there must be an axis, of 1 point or more"
+            )
         if rule not in RULES:
             raise ValueError(f"rule={rule!r} must be one of {', '.join(RULES)}")
         if rule == "index" and max_resolution is None:
@@ -216,10 +240,14 @@ class FourierPositionEncoding(PositionEncoding):
         return AxisCode(tuple((axis, values.to(dtype)) for axis, values in blocks), tuple(grid))
 
     def encode_at(self, coordinates: Tensor, *, dtype: torch.dtype) -> CoordinateCode:
+        if coordinates.ndim not in (2, 3):
+            raise ValueError(f"coordinates are (n, axes) or (batch, n, axes), not {tuple(coordinates.shape)}")
         coordinates = coordinates if coordinates.ndim == 3 else coordinates[None]
         self._check_axes(coordinates.shape[-1], f"coordinates of shape {tuple(coordinates.shape)}")
         if self.max_resolution is None:
-            raise ValueError("coordinates have no grid to take the bands from; give the fourier position max_resolution")
+            raise ValueError(
+                "coordinates have no grid to take the bands from; give the fourier position max_resolution"
+            )
         return CoordinateCode(coordinates, self, dtype)
 
     def blocks(self, coordinate: Any, device: torch.device, grid: Grid | None = None) -> list[tuple[int, Tensor]]:
@@ -293,11 +321,18 @@ class TrainablePositionEncoding(PositionEncoding):
         if interpolate:
             return TableCode(self._resize(tuple(grid)))
         if len(grid) == 1:
-            raise ValueError(f"{wanted} elements are more than the {self.num_positions} trained positions; shorten the input")
-        layout = "x".join(map(str, self.grid or self._guess(len(grid))))
+            raise ValueError(
+                f"{wanted} elements are more than the {self.num_positions} trained positions; shorten the input"
+            )
+        layout = self.grid or self._guess(len(grid))
+        if math.prod(layout) != self.num_positions:
+            raise ValueError(
+                f"{self.num_positions} trained positions cannot label a {size} grid; resize the input so that its grid "
+                "has as many points"
+            )
         raise ValueError(
             f"{self.num_positions} trained positions cannot label a {size} grid; resize the input so that its grid is "
-            f"{layout}, or pass interpolate_pos_encoding=True"
+            f"{'x'.join(map(str, layout))}, or pass interpolate_pos_encoding=True"
         )
 
     def _resize(self, grid: Grid) -> Tensor:
@@ -312,7 +347,8 @@ class TrainablePositionEncoding(PositionEncoding):
         mode = {1: "linear", 2: "bicubic", 3: "trilinear"}.get(len(grid))
         if mode is None:
             raise ValueError(f"trained positions are interpolated over one to three axes, not {len(grid)}")
-        table = self.embeddings.float().T.reshape(1, self.channels, *layout)
+        exact = torch.promote_types(self.embeddings.dtype, torch.float32)
+        table = self.embeddings.to(exact).T.reshape(1, self.channels, *layout)
         table = F.interpolate(table, size=grid, mode=mode, align_corners=False)
         return table.reshape(1, self.channels, -1).transpose(1, 2).to(self.embeddings.dtype)
 
@@ -341,6 +377,9 @@ class ProjectedPositionEncoding(PositionEncoding):
 
     def project_rows(self, rows: Tensor) -> Tensor:
         """(..., width of the position) -> (..., channels)"""
+        for linear in [m for m in (self.project, *self.extra) if m is not None][:1]:
+            # A code has the input's dtype. The bias tells the weights' own, quantised or not.
+            rows = rows.to(linear.bias.dtype)
         if self.project is not None:
             rows = self.project(rows)
         for i, linear in enumerate(self.extra):
@@ -349,7 +388,9 @@ class ProjectedPositionEncoding(PositionEncoding):
                 rows = F.relu(rows)
         return rows
 
-    def encode(self, grid: Grid, *, device: torch.device, dtype: torch.dtype, interpolate: bool = False) -> ProjectedCode:
+    def encode(
+        self, grid: Grid, *, device: torch.device, dtype: torch.dtype, interpolate: bool = False
+    ) -> ProjectedCode:
         return ProjectedCode(self.position.encode(grid, device=device, dtype=dtype, interpolate=interpolate), self)
 
     def encode_at(self, coordinates: Tensor, *, dtype: torch.dtype) -> ProjectedCode:

@@ -2,7 +2,8 @@
 
 `read_out` works on each point by itself, so that long outputs can be decoded chunk by chunk; `arrange` gives the whole
 its shape. A postprocessor of your own is a Postprocessor with these two methods, or any nn.Module with
-`forward(decoded, query)`, which then sees the whole at once; `@register_postprocessor("kind")` makes it usable. Source: deepmind-research perceiver/io_processors.py and perceiver.py.
+`forward(decoded, query)`, which then sees the whole at once; `@register_postprocessor("kind")` makes it usable.
+Source: deepmind-research perceiver/io_processors.py and perceiver.py.
 """
 
 from typing import Any
@@ -38,27 +39,47 @@ class Postprocessor(nn.Module):
             )
 
 
+@register_postprocessor("identity")
+class IdentityPostprocessor(Postprocessor):
+    """Decoded queries as they are, (B, O, E). Source: deepmind-research, IdentityPostprocessor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
 @register_postprocessor("tokens")
 class TokenPostprocessor(Postprocessor):
     """(B, L, E) -> (B, L, vocab_size) through the input embedding's weights and a bias of its own.
 
-    tied=False gives it weights of its own. Source: deepmind-research, EmbeddingDecoder.
+    project: a linear to that width comes first, for queries of another width than the embedding's. tied=False gives it
+    weights of its own. Source: deepmind-research, EmbeddingDecoder after a BasicDecoder with or without final_project.
     """
 
-    def __init__(self, *, config: PerceiverIOConfig, in_channels: int, preprocessor: Any = None, tied: bool = True):
+    def __init__(
+        self,
+        *,
+        config: PerceiverIOConfig,
+        in_channels: int,
+        preprocessor: Any = None,
+        tied: bool = True,
+        project: int | None = None,
+    ):
         super().__init__()
         self.tied = tied
         embedding = getattr(preprocessor, "embedding", None)
-        if tied and (embedding is None or embedding.embedding_dim != in_channels):
-            width = None if embedding is None else embedding.embedding_dim
+        self.projection = nn.Linear(in_channels, project) if project else None
+        width = project or in_channels
+        if tied and (embedding is None or embedding.embedding_dim != width):
+            wanted = None if embedding is None else embedding.embedding_dim
             raise ValueError(
-                f"tied tokens need queries as wide as the token embedding: {in_channels} and {width}; make the output "
-                "query's position that wide, project it (kind 'projected'), or use tied=False"
+                f"tied tokens need queries as wide as the token embedding: {width} and {wanted}; make the output "
+                f"query's position that wide, project it (kind 'projected'), project what is decoded "
+                f"(project={wanted}), or use tied=False"
             )
-        self.output_embedding = nn.Linear(in_channels, config.vocab_size)
+        self.output_embedding = nn.Linear(width, config.vocab_size)
 
     def read_out(self, decoded: Tensor, modality: str = "") -> Tensor:
-        return self.output_embedding(decoded)
+        return self.output_embedding(decoded if self.projection is None else self.projection(decoded))
 
 
 @register_postprocessor("classification")

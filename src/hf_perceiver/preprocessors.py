@@ -39,7 +39,7 @@ class Preprocessor(nn.Module):
 class TextPreprocessor(Preprocessor):
     """Token ids (B, L) -> embedding and position, concatenated or added: (B, L, C)
 
-    Raises ValueError for ids outside the vocabulary's range of shapes and for texts longer than the positions.
+    Raises ValueError for ids outside the vocabulary and for texts longer than the positions.
     """
 
     main_input_name = "input_ids"
@@ -60,7 +60,14 @@ class TextPreprocessor(Preprocessor):
             )
         if inputs.shape[1] == 0:
             raise ValueError("a text of length 0 has nothing to read; give at least one token")
-        features = self.embedding(inputs)
+        if values_known(inputs):
+            low, high = int(inputs.min()), int(inputs.max())
+            if low < 0 or high >= self.embedding.num_embeddings:
+                raise ValueError(
+                    f"token ids {low}..{high} do not fit a vocabulary of {self.embedding.num_embeddings}; use the "
+                    "checkpoint's own tokenizer, or resize_token_embeddings()"
+                )
+        features = self.embedding(inputs.long())
         return place(features, self.position, self.combine, element_mask(mask, inputs.shape), coordinates)
 
 
@@ -89,8 +96,10 @@ class GridPreprocessor(Preprocessor):
         **kwargs: Any,
     ) -> ArrayPart:
         """mask (B, M) or (B, n_1, ..., n_d) over the stem's grid; coordinates (M, d) or (B, M, d) replace the grid's."""
-        dtype = next((p.dtype for p in self.stem.parameters()), inputs.dtype)
-        features = self.stem(inputs.to(dtype) if inputs.is_floating_point() else inputs.to(torch.get_default_dtype()))
+        dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
+        # A stem with weights wants theirs; quantised ones are no floats, their biases are.
+        dtype = next((p.dtype for p in self.stem.parameters() if p.is_floating_point()), dtype)
+        features = self.stem(inputs.to(dtype))
         grid = tuple(features.shape[1:-1])
         return place(
             features.flatten(1, -2),
@@ -118,11 +127,13 @@ class VectorPreprocessor(Preprocessor):
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any) -> ArrayPart:
         if inputs.ndim == 1 and not inputs.is_floating_point():
-            if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.channels:
+            if values_known(inputs) and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.channels:
                 raise ValueError(f"class indices must be 0 to {self.channels - 1}, not {inputs.tolist()}")
             inputs = nn.functional.one_hot(inputs.long(), self.channels).to(torch.get_default_dtype())
         if inputs.ndim != 2 or inputs.shape[1] != self.channels:
-            raise ValueError(f"a vector is (batch, {self.channels}) or class indices (batch,), not {tuple(inputs.shape)}")
+            raise ValueError(
+                f"a vector is (batch, {self.channels}) or class indices (batch,), not {tuple(inputs.shape)}"
+            )
         return ArrayPart(features=inputs[:, None], mask=element_mask(mask, (inputs.shape[0], 1)), grid=(1,))
 
 
@@ -137,9 +148,10 @@ class PointPreprocessor(Preprocessor):
     def __init__(self, *, position: dict | None = None, feature_channels: int = 0):
         super().__init__()
         self.position = build_position_encoding(position)
-        self.num_axes = 0 if self.position is None else self.position.num_axes
-        if self.num_axes is None:
+        num_axes = 0 if self.position is None else self.position.num_axes
+        if num_axes is None:
             raise ValueError("points need a position that codes coordinates, such as kind 'fourier'")
+        self.num_axes = num_axes
         self.feature_channels = feature_channels
         self.channels = feature_channels + (0 if self.position is None else self.position.channels)
         if not self.channels:
@@ -166,7 +178,8 @@ class MultimodalPreprocessor(Preprocessor):
     mask_probs: name -> probability with which, in training, an element is replaced by the modality's mask token; None
     for no tokens. masked_at_inference: modalities wholly replaced outside training; by default those with probability 1.
     A modality may be missing from the inputs: it is left out, or stands in as its mask token where it would be masked
-    anyway. Source: deepmind-research, MultimodalPreprocessor (which draws its masks at inference too).
+    anyway and has the same number of elements in every input (`num_elements`). Source: deepmind-research,
+    MultimodalPreprocessor (which draws its masks at inference too).
     """
 
     def __init__(
@@ -215,23 +228,31 @@ class MultimodalPreprocessor(Preprocessor):
     def forward(self, inputs: Any, mask: Any = None, coordinates: Any = None, **kwargs: Any) -> InputArray:
         """inputs, mask and coordinates: dicts by modality name; mask and coordinates may leave modalities out."""
         if not isinstance(inputs, Mapping):
-            raise ValueError(f"a multimodal model reads a dict of {', '.join(self.modalities)}, not {type(inputs).__name__}")
+            raise ValueError(
+                f"a multimodal model reads a dict of {', '.join(self.modalities)}, not {type(inputs).__name__}"
+            )
         for what, given in (("input", inputs), ("mask", mask or {}), ("coordinates", coordinates or {})):
             for name in given:
                 if name not in self.modalities:
                     raise ValueError(f"unknown modality {name!r} in the {what}; known: {', '.join(self.modalities)}")
         parts = {}
         for name, preprocessor in self.modalities.items():
-            masked = not self.training and name in self.masked_at_inference
+            always = (self.mask_probs or {}).get(name) == 1 if self.training else name in self.masked_at_inference
             if inputs.get(name) is None:
-                if masked and preprocessor.num_elements is not None:
-                    parts[name] = ArrayPart(token=self.mask_tokens[name])
+                if always and getattr(preprocessor, "num_elements", None) is not None:
+                    token = self.mask_tokens[name]
+                    length: Any = preprocessor.num_elements
+                    everywhere = torch.ones(1, length, dtype=torch.bool, device=token.device)
+                    parts[name] = ArrayPart(token=token, replaced=everywhere)
                 continue
-            made = preprocessor(inputs[name], (mask or {}).get(name), coordinates=(coordinates or {}).get(name), **kwargs)
+            if (coordinates or {}).get(name) is not None:
+                made = preprocessor(inputs[name], (mask or {}).get(name), coordinates=coordinates[name], **kwargs)
+            else:
+                made = preprocessor(inputs[name], (mask or {}).get(name), **kwargs)
             part = PerceiverArray.of(made).part
             part.constant = self.padding[name]
             if self.mask_probs is not None:
-                part.token, part.replaced = self.mask_tokens[name], self._draw(name, part, masked)
+                part.token, part.replaced = self.mask_tokens[name], self._draw(name, part, always)
             parts[name] = part
         if not any(part.features is not None or part.position is not None for part in parts.values()):
             raise ValueError(f"no modality given; known: {', '.join(self.modalities)}")
@@ -240,9 +261,9 @@ class MultimodalPreprocessor(Preprocessor):
             raise ValueError(f"modalities disagree on the batch size: { {n: p.batch_size for n, p in parts.items()} }")
         return InputArray(parts)
 
-    def _draw(self, name: str, part: ArrayPart, masked: bool) -> Tensor | None:
+    def _draw(self, name: str, part: ArrayPart, always: bool) -> Tensor | None:
         shape, device = (part.batch_size, part.length), self.mask_tokens[name].device
-        if masked:
+        if always:
             return torch.ones(shape, dtype=torch.bool, device=device)
         probability = (self.mask_probs or {}).get(name, 0.0)
         if not self.training or not probability:
@@ -301,9 +322,15 @@ def element_mask(mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> Te
     return mask.flatten(1).expand(shape[0], -1) != 0
 
 
+def values_known(tensor: Tensor) -> bool:
+    """Whether values may be looked at: not while tracing, on the meta device, or where it would stall an accelerator."""
+    return tensor.numel() > 0 and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_modality_name(name: Any) -> None:
     """Raise ValueError unless `name` can name a submodule."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+    taken = isinstance(name, str) and (hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name))
+    if not isinstance(name, str) or not name or "." in name or taken:
         raise ValueError(f"modality name {name!r} must be a non-empty word without dots that torch does not use itself")
 
 

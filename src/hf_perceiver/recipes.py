@@ -108,7 +108,11 @@ def multimodal_autoencoder() -> PerceiverIOConfig:
             "min_padding_size": 4,
             "mask_probs": {"image": 0.0, "audio": 0.0, "label": 1.0},
             "modalities": {
-                "audio": {"kind": "grid", "stem": {"kind": "audio_patches", "samples_per_patch": 16}, "position": sound},
+                "audio": {
+                    "kind": "grid",
+                    "stem": {"kind": "audio_patches", "samples_per_patch": 16},
+                    "position": sound,
+                },
                 "image": {
                     "kind": "grid",
                     "stem": {"kind": "patches", "in_channels": 3, "spatial_downsample": 4},

@@ -6,7 +6,9 @@ signature is the schema, so an unknown option is told which ones exist.
 
 import inspect
 import json
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -53,7 +55,7 @@ class Registry:
         """The module a spec describes.
 
         `context` is what the model knows and no spec repeats (`config`, channel widths); a constructor gets those it
-        names. Raises ValueError for an unknown kind, an unknown option or a missing one.
+        names. Raises ValueError for an unknown kind, an unknown or missing option, or one of another type.
         """
         check_spec(self.part, spec)
         kind = spec["kind"]
@@ -76,11 +78,16 @@ class Registry:
                         f"{', '.join(known) or 'none'}"
                     )
         for name, parameter in known.items():
-            if parameter.default is parameter.empty and name not in options:
-                raise ValueError(f"{self.part} kind {kind!r} needs the option {name!r}")
+            if name not in options:
+                if parameter.default is parameter.empty:
+                    raise ValueError(f"{self.part} kind {kind!r} needs the option {name!r}")
+            elif not _is_of_type(options[name], parameter.annotation):
+                wanted_type = inspect.formatannotation(parameter.annotation).replace("collections.abc.", "")
+                raise ValueError(
+                    f"option {name!r} of {self.part} kind {kind!r} must be of type {wanted_type}, not {options[name]!r}"
+                )
         wanted = inspect.signature(self.classes[kind].__init__).parameters
         return self.classes[kind](**options, **{name: value for name, value in context.items() if name in wanted})
-
 
 
 def check_spec(part: str, spec: Any) -> None:
@@ -95,9 +102,29 @@ def check_spec(part: str, spec: Any) -> None:
         raise ValueError(f"the {part} spec must fit into config.json: {error} in {spec!r}") from None
 
 
+def _is_of_type(value: Any, annotation: Any) -> bool:
+    """Whether a spec's value has the annotated type; an annotation that JSON has no word for lets anything through."""
+    origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of_type(value, a) for a in arguments)
+    if origin in (None, types.NoneType):
+        return value is None
+    if origin in (int, float):
+        return isinstance(value, int if origin is int else int | float) and not isinstance(value, bool)
+    if origin in (str, bool):
+        return isinstance(value, origin)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(_is_of_type(v, a) for a in arguments[:1] for v in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(_is_of_type(v, a) for a in arguments[1:] for v in value.values())
+    return True
+
+
 def _same_class(a: type, b: type) -> bool:
-    # Code from the Hub is imported under another module name; by name it is the same class.
-    return a.__qualname__ == b.__qualname__
+    # Code from the Hub is imported as another module; by the names of file and class it is the same.
+    return (a.__module__.split(".")[-1], a.__qualname__) == (b.__module__.split(".")[-1], b.__qualname__)
 
 
 STEMS = Registry("stem")

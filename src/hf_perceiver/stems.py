@@ -4,6 +4,7 @@ Images come as (B, C, H, W), videos and frame pairs as (B, T, C, H, W), sound as
 Source: deepmind-research perceiver/io_processors.py (ImagePreprocessor, Conv2DDownsample, space_to_depth).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -87,7 +88,7 @@ class ConvStem(ImageStem):
         self.padding, self.channels = padding, channels
         widths = [in_channels] + [channels] * num_layers
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, kernel_size=7, stride=2, bias=False) for a, b in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(a, b, kernel_size=7, stride=2, bias=False) for a, b in itertools.pairwise(widths)
         )
         # DeepMind's decay 0.9 is torch's momentum 0.1.
         self.norms = nn.ModuleList(

@@ -106,6 +106,13 @@ class PerceiverIOTokenizer(TokenizersBackend):
         self.init_kwargs["add_cls_and_sep"] = value
         self.update_post_processor()
 
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Tokens -> their text; words among them, as the token-classification pipeline joins them, stay as they are."""
+        # A byte's stand-in is one character: "ü" as a word would be read as the byte 0xFC.
+        if any(self._tokenizer.token_to_id(token) is None for token in tokens):
+            return "".join(tokens)
+        return super().convert_tokens_to_string(tokens)
+
     def add_special_tokens(self, *args, **kwargs) -> int:
         added = super().add_special_tokens(*args, **kwargs)
         # A new [CLS] or [SEP] counts at once, as it does after saving and loading.

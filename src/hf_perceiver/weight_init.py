@@ -31,8 +31,10 @@ def init_module(module: nn.Module, config: PerceiverIOConfig) -> None:
     """Draw the parameters that `module` itself holds."""
     if config.initializer == "normal":
         if hasattr(module, "reset_own_parameters"):
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, std=config.initializer_range)
+            # A dict of parameters is a module, and still the owner's.
+            for own in (module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))):
+                for parameter in own.parameters(recurse=False):
+                    init.normal_(parameter, std=config.initializer_range)
         return
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         truncated_normal_(module.weight, module.weight[0].numel() ** -0.5)
@@ -63,7 +65,7 @@ def align_positions(model: Any) -> None:
     for layer in model.encoder.cross_attends:
         _share(layer, code, query_start=0, key_start=start)
     query = getattr(model.output_query, "position", None) if model.output_query is not None else None
-    if isinstance(query, FourierPositionEncoding) and query.channels == code.channels:
+    if isinstance(query, FourierPositionEncoding) and _same_code(query, code):
         _share(model.decoder.cross_attend, code, query_start=model.output_query.channels - code.channels, key_start=0)
 
 
@@ -92,6 +94,11 @@ def _share(layer: CrossAttentionLayer, code: FourierPositionEncoding, query_star
     torch.nn.init.normal_(shared, std=ALIGNED_GAIN / math.sqrt(q.shape[1]))
     q[:, query_start : query_start + code.channels] = shared * damping
     k[:, key_start : key_start + code.channels] = shared * damping
+
+
+def _same_code(a: FourierPositionEncoding, b: FourierPositionEncoding) -> bool:
+    names = ("num_bands", "max_resolution", "num_axes", "sine_only", "concat_pos")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
 def _fourier(preprocessor: Any) -> FourierPositionEncoding | None:
