@@ -1,6 +1,6 @@
 """Train the bundled "digits" checkpoint: scikit-learn's 8x8 digits, read pixel by pixel.
 
-    python -m hf_perceiver.training.train_digits --output DIR [--epochs 150] [--seed 0]
+    python -m hf_perceiver.training.train_digits --output DIR [--epochs 120] [--seed 0]
     python -m hf_perceiver.training.train_digits --evaluate DIR
 
 A fifth of the 1,797 images, stratified by class, is held out and never trained on. Same seed, same thread count and
@@ -20,14 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PerceiverImageProcessorPil
 
-from hf_perceiver import PerceiverIOConfig, PerceiverIOForImageClassification
+from ..configuration_perceiver_io import PerceiverIOConfig
+from ..modeling_perceiver_io import PerceiverIOForImageClassification
+from .storage import save_halved
 
 HELD_OUT = 0.2
 SPLIT_SEED = 0
 
 
 def digits_config() -> PerceiverIOConfig:
-    """32 latents of 96 channels, 2 reads of 64 pixels with 2D Fourier positions, about 0.45 M parameters."""
+    """32 latents of 96 channels, 2 reads of 64 pixels with 2D Fourier positions, 0.39 M parameters."""
     return PerceiverIOConfig(
         num_latents=32,
         d_latents=96,
@@ -44,7 +46,6 @@ def digits_config() -> PerceiverIOConfig:
         decoder_qk_channels=96,
         decoder_v_channels=96,
         decoder_use_query_residual=True,
-        dropout=0.1,
         id2label={i: str(i) for i in range(10)},
         label2id={str(i): i for i in range(10)},
         preprocessor={
@@ -83,15 +84,18 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Small random rotations (12 degrees), scalings (10 %) and shifts (1 pixel): (B, 3, 8, 8) -> the same"""
+    """Small random rotations (10 degrees), scalings (8 %) and shifts (half a pixel): (B, 3, 8, 8) -> the same
+
+    Twice as much keeps this small model from fitting the training images at all (98 % after 150 epochs).
+    """
     n = len(pixels)
 
     def draw(scale: float) -> Tensor:
         return (torch.rand(n, generator=generator) * 2 - 1) * scale
 
-    angle, zoom = draw(math.radians(12)), 1 + draw(0.1)
+    angle, zoom = draw(math.radians(10)), 1 + draw(0.08)
     matrix = torch.stack(
-        [zoom * angle.cos(), -zoom * angle.sin(), draw(0.25), zoom * angle.sin(), zoom * angle.cos(), draw(0.25)], dim=1
+        [zoom * angle.cos(), -zoom * angle.sin(), draw(0.12), zoom * angle.sin(), zoom * angle.cos(), draw(0.12)], dim=1
     )
     grid = torch.nn.functional.affine_grid(matrix.view(n, 2, 3), list(pixels.shape), align_corners=False)
     # Background is -1: shifted so that zeros come in from outside.
@@ -105,7 +109,9 @@ def accuracy(model: PerceiverIOForImageClassification, images: np.ndarray, label
     return float((model(pixel_values=to_pixels(images)).logits.argmax(-1).numpy() == labels).mean())
 
 
-def train(output: Path, epochs: int, seed: int, batch_size: int = 64, learning_rate: float = 2e-3) -> dict[str, float]:
+def train(
+    output: Path, epochs: int, seed: int, batch_size: int = 64, learning_rate: float = 1.5e-3
+) -> dict[str, float]:
     """Train from scratch and write model, processor and metrics to `output` (through a temporary folder)."""
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder")
@@ -137,7 +143,7 @@ def train(output: Path, epochs: int, seed: int, batch_size: int = 64, learning_r
         progress.set_postfix(loss=f"{loss.item():.3f}")
     progress.close()
     temporary = output.with_name(output.name + ".tmp")
-    model.to(torch.bfloat16).save_pretrained(temporary)
+    save_halved(model, temporary)
     image_processor().save_pretrained(temporary)
     metrics = evaluate(temporary)
     (temporary / "metrics.json").write_text(json.dumps({**metrics, "epochs": epochs, "seed": seed}, indent=1) + "\n")
@@ -166,11 +172,12 @@ bfloat16. Ships with hf-perceiver as `bundled_checkpoint("digits")`.
 360 images (`random_state={SPLIT_SEED}`), is held out and was never trained on.
 
 **Recipe.** `python -m hf_perceiver.training.train_digits --output DIR --epochs {epochs} --seed {seed}`: AdamW, one-cycle
-learning rate up to 2e-3, weight decay 0.05 on matrices, batches of 64, dropout 0.1, rotations up to 12 degrees, scalings
-up to 10 %, shifts up to one pixel. One CPU thread, some minutes.
+learning rate up to 1.5e-3, weight decay 0.05 on matrices, batches of 64, rotations up to 10 degrees, scalings up to 8 %,
+shifts up to half a pixel. One CPU thread, some minutes.
 
 **Result.** Top-1 accuracy {metrics["test_accuracy"]:.2%} on the held-out fifth, {metrics["train_accuracy"]:.2%} on the
-training images. Measure it again: `python -m hf_perceiver.training.train_digits --evaluate DIR`.
+training images. Measure it again: `python -m hf_perceiver.training.train_digits --evaluate DIR`. The augmentation was
+chosen on a fifth of the training images; twice as much of it, with dropout 0.1, had given 96.94% on the held-out fifth.
 
 **Limits.** 8x8 pixels, bright ink on black, as in the data set; the image processor shrinks whatever it is given to that.
 """
@@ -178,7 +185,7 @@ training images. Measure it again: `python -m hf_perceiver.training.train_digits
 
 def evaluate(directory: Path) -> dict[str, float]:
     """Accuracy on the training images and on the held-out fifth, of the stored weights run in float32."""
-    model = PerceiverIOForImageClassification.from_pretrained(directory, dtype=torch.float32)
+    model = PerceiverIOForImageClassification.from_pretrained(directory)
     data = load_digits()
     return {
         f"{part}_accuracy": accuracy(model, data[f"{part}_images"], data[f"{part}_labels"])
@@ -189,7 +196,7 @@ def evaluate(directory: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder to write; must be new or empty")
-    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", type=Path, help="only measure the checkpoint in this folder")
     arguments = parser.parse_args()

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ from .byte_masking import (
 from .documentation import Documentation, read_documentation
 from .local_start import start_local
 from .ngram import WHITESPACE, ByteNGram
+from .storage import save_halved, write_text
 
 MAX_LENGTH = 128  # tokens, [CLS] and [SEP] included
 EVALUATION_SEED = 20_000  # of windows and masks; never a training step's
@@ -225,8 +227,9 @@ def train(
         "text": documentation.summary(),
         "held_out": compare(output, documentation, report=report),
     }
-    _write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    _write_text(output / "README.md", model_card(metrics))
+    write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(output / "README.md", model_card(metrics))
+    write_examples(documentation, output)
     return metrics
 
 
@@ -311,15 +314,32 @@ def write_model(model: Any, output: Path) -> None:
     The config says float32: loaded weights compute in float32, the file is half as large.
     """
     partial = output / "state" / "model"
-    halved = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(partial, state_dict=halved)
+    save_halved(model, partial)
     PerceiverIOTokenizer(model_max_length=_max_length(model.config)).save_pretrained(partial)
-    config = json.loads((partial / "config.json").read_text())
-    config["dtype"] = "float32"
-    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in sorted(partial.iterdir()):
         os.replace(file, output / file.name)
     partial.rmdir()
+
+
+def write_examples(documentation: Documentation, output: Path, count: int = 6, seed: int = EVALUATION_SEED) -> None:
+    """held_out.json: sentences of held-out documents, drawn by `seed`, each with a word to mask, for the demo.
+
+    `[{"text": ..., "word": [start, stop]}]`; a word has four to ten letters and stands within the sentence.
+    """
+    sentences = []
+    for document in documentation.held_out:
+        for sentence in re.findall(
+            r"(?:^|(?<=[.] ))[A-Z][A-Za-z ,'-]{58,108}[.](?= |$)", document.text, flags=re.MULTILINE
+        ):
+            words = [m.span() for m in re.finditer(r"(?<= )[a-z]{4,10}(?= )", sentence)]
+            if len(words) >= 3:
+                sentences.append((sentence, words))
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(sentences))[:count]
+    examples = []
+    for text, words in (sentences[i] for i in sorted(chosen)):
+        examples.append({"text": text, "word": list(words[rng.integers(len(words))])})
+    write_text(output / "held_out.json", json.dumps(examples, indent=1) + "\n")
 
 
 def write_curve(output: Path, curve: list[dict]) -> None:
@@ -327,7 +347,7 @@ def write_curve(output: Path, curve: list[dict]) -> None:
     lines = [",".join(curve[0])] + [
         ",".join(f"{v:.5g}" if isinstance(v, float) else str(v) for v in row.values()) for row in curve
     ]
-    _write_text(output / "learning_curve.csv", "\n".join(lines) + "\n")
+    write_text(output / "learning_curve.csv", "\n".join(lines) + "\n")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -548,13 +568,6 @@ def _load_state(output: Path, model: Any, optimizer: Any, run: dict) -> dict:
     optimizer.load_state_dict(state["optimizer"])
     saved["steps"] = run["steps"] or saved["steps"]
     return saved
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _percent(share: float | None) -> str:
