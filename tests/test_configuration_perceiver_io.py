@@ -3,7 +3,7 @@ import json
 
 import pytest
 from helpers import TINY, config_of, tiny
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from hf_perceiver import PerceiverIOConfig, PerceiverIOModel, recipes
 
@@ -193,7 +193,8 @@ def test_a_misspelt_field_in_a_file_is_a_warning(tmp_path, caplog):
     quantization_config trust_remote_code revision token cache_dir device_map max_memory my_own_note""".split(),
 )
 def test_keys_of_others_are_let_through(key, tmp_path, caplog):
-    folder = rewritten(config_of(), tmp_path, **{key: None})
+    # What is a field in some version of transformers has a value that fits there.
+    folder = rewritten(config_of(), tmp_path, **{key: getattr(PretrainedConfig(), key, None)})
     PerceiverIOConfig.from_pretrained(folder)
     assert "did you mean" not in caplog.text
 
@@ -288,7 +289,7 @@ def test_whole_numbers_are_welcome_where_fractions_are():
     [
         ({"dropout": 1}, r"dropout is a probability in \[0, 1\), not 1"),
         ({"attention_dropout": -0.1}, r"attention_dropout is a probability in \[0, 1\), not -0.1"),
-        ({"problem_type": "guess"}, "problem_type='guess' must be one of regression, single_label_classification"),
+        ({"problem_type": "guess"}, "problem_type.*'guess'.*'?regression'?, '?single_label_classification"),
         ({"latents_init_scale": -1.0}, "latents_init_scale must be 0 or more, not -1.0"),
         ({"initializer_range": -1.0}, "initializer_range must be 0 or more"),
         ({"layer_norm_eps": -1e-5}, "layer_norm_eps must be 0 or more"),

@@ -202,6 +202,8 @@ class PerceiverIOConfig(PretrainedConfig):
         )
         optional = ("qk_channels", "v_channels", "decoder_qk_channels", "decoder_v_channels")
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
+            if isinstance(getattr(self, name), bool):  # older huggingface_hub lets True pass for 1
+                raise ValueError(f"{name} expected int, got bool ({getattr(self, name)})")
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("latents_init_scale", "initializer_range", "layer_norm_eps"):

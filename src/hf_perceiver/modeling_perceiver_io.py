@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .arrays import InputArray, QueryArray
+from .arrays import InputArray, PerceiverArray, QueryArray
 from .attention import Attention, CrossAttentionLayer, SelfAttentionLayer
 from .checkpoint_weights import final_layer_renamings
 from .configuration_perceiver_io import PerceiverIOConfig
@@ -423,7 +423,9 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is a number of queries from 1, not {chunk_size}")
         options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-        query = QueryArray.of(self.output_query(encoding.input_array, output_points, coordinates, **options))
+        query: PerceiverArray = QueryArray.of(
+            self.output_query(encoding.input_array, output_points, coordinates, **options)
+        )
         if query_mask is not None:
             query = mask_queries(query, query_mask, encoding.latents.shape[0])
         key_value = self.decoder.project(encoding.latents)
@@ -549,7 +551,7 @@ class PerceiverIOHead(PerceiverIOPreTrainedModel):
         return {"kind": cls.query_kind}
 
 
-def mask_queries(query: QueryArray, query_mask: Any, batch_size: int) -> QueryArray:
+def mask_queries(query: PerceiverArray, query_mask: Any, batch_size: int) -> QueryArray:
     """The queries with a mask (B, O), or a dict of them by modality, added to what masks they have."""
     masks = query_mask if isinstance(query_mask, Mapping) else dict.fromkeys(query.parts, query_mask)
     parts = dict(query.parts)
