@@ -578,11 +578,54 @@ def test_chunks_equal_the_whole(name, chunk_size):
     assert_same(model.decode(encoding, chunk_size=chunk_size), model.decode(encoding), **SHARP)
 
 
-@pytest.mark.parametrize("chunk_size", [0, -3])
+@pytest.mark.parametrize("chunk_size", [0, -3, 2.5, True, "4"])
 def test_a_chunk_has_a_query(chunk_size):
     case = tiny("language")
-    with pytest.raises(ValueError, match=f"chunk_size is a number of queries from 1, not {chunk_size}"):
+    with pytest.raises(ValueError, match=f"chunk_size is a whole number of queries from 1, .*not {chunk_size!r}"):
         case.model()(**case.inputs(), chunk_size=chunk_size)
+
+
+def _dense_model():
+    """Two outputs for every pixel of a 6 x 4 grid."""
+    position = fourier(6, 4)
+    query, answer = {"kind": "position", "position": position}, {"kind": "projection", "num_outputs": 2}
+    pixels = grid({"kind": "pixels", "in_channels": 3}, position)
+    return PerceiverIOModel(config_of(preprocessor=pixels, output_query=query, postprocessor=answer)).eval()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"coordinates": torch.zeros(3, 5, 2)}, {"output_points": torch.zeros(3, 5, dtype=torch.long)}]
+)
+def test_questions_are_for_all_or_for_each(asked):
+    model = _dense_model()
+    encoding = model.encode(torch.rand(2, 3, 6, 4))
+    with pytest.raises(ValueError, match="for 3 examples, and an encoding of 2; give one set for all, or one for each"):
+        model.decode(encoding, **asked)
+    # An encoding of one example answers any number of sets.
+    assert model.decode(model.encode(torch.rand(1, 3, 6, 4)), **asked).shape == (3, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"inputs": [[1.0]]}, "a grid is a torch tensor, not list"),
+        ({"attention_mask": [[1] * 24] * 2}, "a mask is a tensor over .* elements, 1 = valid, not list"),
+        ({"input_coordinates": torch.zeros(3, 24, 2)}, "coordinates for 3 examples, in a batch of 2"),
+        ({"input_coordinates": torch.zeros(24)}, r"coordinates are \(n, axes\) or \(batch, n, axes\), not \(24,\)"),
+        ({"coordinates": "here"}, "coordinates must be a tensor or a list of numbers, not 'here'"),
+        ({"output_points": {"image": [1]}}, "output_points must be a tensor or a list of numbers, not {'image'"),
+        ({"query_mask": {"image": torch.ones(2, 24)}}, "no named modality; give the mask as one tensor"),
+        ({"inputs": torch.rand(2, 3, 0, 4)}, "has nothing to read; no axis may be empty"),
+    ],
+)
+def test_what_is_no_array_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        _dense_model()(**{"inputs": torch.rand(2, 3, 6, 4), **given})
+
+
+def test_an_empty_list_asks_no_point():
+    model = _dense_model()
+    assert model(inputs=torch.rand(2, 3, 6, 4), output_points=[]).logits.shape == (2, 0, 2)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -721,8 +764,10 @@ def test_unknown_modalities_are_refused(call, message):
 def test_a_modality_without_a_read_out_is_refused():
     case = tiny("multimodal")
     del case.config.postprocessor["modalities"]["audio"]
-    with pytest.raises(ValueError, match="no postprocessor for modality 'audio'; known: image, label"):
-        case.model()(**case.inputs())
+    with pytest.raises(
+        ValueError, match="asks for audio, which the postprocessor does not read out; it has image, label"
+    ):
+        case.model()
 
 
 def test_masks_of_a_modality_hide_its_elements():
@@ -1100,6 +1145,18 @@ def test_the_encoder_can_be_offloaded(tmp_path):
     places = {name: "disk" if name == "encoder" else "cpu" for name, _ in model.named_children()}
     loaded = AutoModel.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off").eval()
     assert loaded.encoder.latents.weight.device.type == "meta"
+    assert_same(list(loaded(**case.inputs()).values()), list(model(**case.inputs()).values()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["preprocessor", "output_query"])
+def test_trained_positions_can_be_offloaded(side, tmp_path):
+    """Weights on the disk come back when their module is called, and positions are asked through `encode`."""
+    case = tiny("text_untied")
+    model = case.model()
+    model.save_pretrained(tmp_path / "model")
+    places = {child: "disk" if child == side else "cpu" for child, _ in model.named_children()}
+    loaded = AutoModel.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off").eval()
+    assert all(parameter.is_meta for parameter in getattr(loaded, side).parameters())
     assert_same(list(loaded(**case.inputs()).values()), list(model(**case.inputs()).values()), rtol=1e-5, atol=1e-5)
 
 
@@ -1612,3 +1669,41 @@ def test_a_class_query_may_be_a_position_of_one_point():
     model = PerceiverIOForImageClassification(config)
     assert model.config.output_query["kind"] == "position"
     assert model(**tiny("imagenet_fourier").inputs()).logits.shape[-1] == config.num_labels
+
+
+@pytest.mark.parametrize("name", ["flow", "multimodal"])
+def test_labels_for_a_head_without_a_loss_are_refused(name):
+    case = tiny(name)
+    head = case.heads[0](case.config)
+    with pytest.raises(ValueError, match="has no loss of its own yet"):
+        head(**case.inputs(), labels=torch.zeros(2))
+
+
+def test_damaged_weights_are_said_with_the_way_out(tmp_path):
+    tiny("imagenet_fourier").model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"damaged.*download it again"):
+        PerceiverIOModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("side", ["preprocessor", "output_query"])
+@pytest.mark.parametrize("name", ["multimodal", "imagenet_learned"])
+def test_sides_of_the_model_can_be_offloaded(name, side, tmp_path):
+    case = tiny(name)
+    model = case.model().eval()
+    model.save_pretrained(tmp_path)
+    sides = ("preprocessor", "encoder", "output_query", "decoder", "postprocessor")
+    places = {part: "disk" if part == side else "cpu" for part in sides}
+    loaded = PerceiverIOModel.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    with torch.no_grad():
+        want, got = model(**case.inputs()).logits, loaded(**case.inputs()).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["language", "imagenet_fourier", "multimodal", "flow"])
+def test_an_empty_batch_is_refused(name):
+    case = tiny(name)
+    empty = {k: {n: v[:0] for n, v in x.items()} if isinstance(x, dict) else x[:0] for k, x in case.inputs().items()}
+    with pytest.raises(ValueError, match="the batch is empty"):
+        case.model()(**empty)

@@ -241,8 +241,8 @@ def test_modalities_are_asked_in_order_and_padded():
     assert query.channels == 9 + 3
     assert made.sizes == {"b": 10, "c": 2}
     code = query.modalities["b"].position.encode((10,), device=torch.device("cpu"), dtype=torch.float32).dense(0, 10)
-    b = torch.cat([code, query.padding["b"].expand(1, 10, -1)], dim=-1)
-    c = torch.cat([query.modalities["c"].task_queries[None], query.padding["c"].expand(1, 2, -1)], dim=-1)
+    b = torch.cat([code, query.padding("b").expand(1, 10, -1)], dim=-1)
+    c = torch.cat([query.modalities["c"].task_queries[None], query.padding("c").expand(1, 2, -1)], dim=-1)
     assert torch.equal(made.dense(), torch.cat([b, c], dim=1))
 
 
@@ -307,7 +307,7 @@ def test_an_input_can_ask_beside_others_masked_as_it_was_read():
     rows = asked(query, array).parts["b"].dense()
     own = array.parts["b"].dense()[..., : query.modalities["b"].channels]  # masked as the encoder saw it
     assert torch.equal(rows[..., : own.shape[-1]], own)
-    assert torch.equal(rows[..., own.shape[-1] :], query.padding["b"].expand(2, 5, -1))
+    assert torch.equal(rows[..., own.shape[-1] :], query.padding("b").expand(2, 5, -1))
     missing = reads.eval()({"a": inputs["a"]})
     with pytest.raises(ValueError, match="need that input; it is missing here"):
         query(missing)
@@ -362,3 +362,11 @@ def test_tiny_models_that_ask_with_their_input(name):
 def test_a_users_query_may_be_a_tensor_or_a_part():
     for made in (torch.randn(1, 3, 4), ArrayPart(features=torch.randn(1, 3, 4))):
         assert QueryArray.of(made).sizes == {"": 3}
+
+
+def test_a_spread_is_not_negative():
+    position = {**trainable(4, 6), "init_scale": -1.0}
+    with pytest.raises(ValueError, match=r"init_scale is a standard deviation, 0 or more, not -1\.0"):
+        built({"kind": "position", "position": position})
+    with pytest.raises(ValueError, match=r"init_scale is a standard deviation, 0 or more, not -0\.5"):
+        built({"kind": "tasks", "channels": 6, "init_scale": -0.5})

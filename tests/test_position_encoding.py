@@ -150,10 +150,13 @@ def test_band_numbers_stand_where_the_bands_do():
     ("options", "message"),
     [
         ({"num_bands": 2}, "needs max_resolution .one number per axis. or num_axes"),
-        ({"num_bands": 0, "max_resolution": [4]}, "num_bands must be at least 1, not 0"),
-        ({"num_bands": 2, "max_resolution": [4, 0]}, "there must be an axis, of 1 point or more"),
-        ({"num_bands": 2, "max_resolution": []}, "there must be an axis"),
-        ({"num_bands": 2, "num_axes": 0}, "there must be an axis"),
+        ({"num_bands": 0, "max_resolution": [4]}, "option 'num_bands' .* must be at least 1, not 0"),
+        (
+            {"num_bands": 2, "max_resolution": [4, 0]},
+            r"'max_resolution' .* sizes of at least 1, one or more, not \[4, 0\]",
+        ),
+        ({"num_bands": 2, "max_resolution": []}, "'max_resolution' .* must hold sizes of at least 1, one or more"),
+        ({"num_bands": 2, "num_axes": 0}, "'num_axes' .* must be at least 1, not 0; leave it out"),
         ({"num_bands": 2, "max_resolution": [4], "num_axes": 2}, r"max_resolution=\[4\] has not num_axes=2 entries"),
         ({"num_bands": 2, "max_resolution": [4], "rule": "even"}, "rule='even' must be one of dense, sampled, index"),
         ({"num_bands": 2, "num_axes": 1, "rule": "index"}, "rule='index' counts in steps of max_resolution"),

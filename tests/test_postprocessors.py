@@ -142,3 +142,22 @@ def test_a_postprocessor_with_a_forward_is_told_what_to_define():
 def test_the_identity_gives_decoded_queries():
     decoded = torch.randn(2, 4, 6)
     assert torch.equal(answer(built({"kind": "identity"}), decoded), decoded)
+
+
+@pytest.mark.parametrize("kind", ["projection", "classification", "identity", "audio", "flow"])
+def test_one_read_out_takes_no_several_modalities(kind):
+    module = built({"kind": kind})
+    points = {name: module.read_out(torch.randn(2, 3, 6)) for name in ("a", "b")}
+    asked = QueryArray({name: ArrayPart(features=torch.zeros(1, 3, 1)) for name in points})
+    with pytest.raises(ValueError, match="reads out one modality, and the queries have a, b; use kind 'multimodal'"):
+        module.arrange(points, asked)
+
+
+def test_what_reads_everything_at_once_is_no_modalitys():
+    with pytest.raises(ValueError, match="'average' cannot read modality 'a': it needs all queries, or the latents"):
+        built({"kind": "multimodal", "modalities": {"a": {"kind": "average"}}})
+
+
+def test_a_model_without_labels_scores_none():
+    with pytest.raises(ValueError, match="num_labels=0 must be at least 1"):
+        built({"kind": "classification"}, num_labels=0)

@@ -271,20 +271,20 @@ def test_modalities_are_sorted_and_padded_to_a_common_width():
     module, x = multimodal(min_padding_size=2), several()
     assert list(module.modalities) == ["a", "b", "c"]
     assert module.channels == 5 + 2
-    assert {name: p.shape[0] for name, p in module.padding.items()} == {"a": 4, "b": 3, "c": 2}
+    assert {name: p.shape[0] for name, p in module.padding.named_parameters()} == {"a": 4, "b": 3, "c": 2}
     made = module(x)
     assert made.sizes == {"a": 1, "b": 4, "c": 3}
     text = dense(module.modalities["c"](x["c"]))
     blocks = [("a", x["a"][:, None]), ("b", x["b"].flatten(1, 2)), ("c", text)]
     want = torch.cat(
-        [torch.cat([rows, module.padding[n].expand(2, rows.shape[1], -1)], dim=-1) for n, rows in blocks], dim=1
+        [torch.cat([rows, module.padding(n).expand(2, rows.shape[1], -1)], dim=-1) for n, rows in blocks], dim=1
     )
     assert torch.equal(made.dense(), want)
 
 
 def test_without_masks_there_are_no_mask_tokens():
     module = multimodal()
-    assert not list(module.mask_tokens)
+    assert not list(module.mask_tokens.parameters())
     x = several()
     assert torch.equal(module.train()(x).dense(), module.eval()(x).dense())
 
@@ -303,7 +303,7 @@ def test_masks_are_drawn_in_training_only_with_their_probability():
     assert not torch.equal(made.parts["b"].replaced, again.parts["b"].replaced)
     rows = made.parts["b"].dense()
     assert torch.equal(
-        rows[made.parts["b"].replaced], module.mask_tokens["b"].expand(int(made.parts["b"].replaced.sum()), -1)
+        rows[made.parts["b"].replaced], module.mask_tokens("b").expand(int(made.parts["b"].replaced.sum()), -1)
     )
 
 
@@ -385,7 +385,7 @@ def test_a_batch_of_one_modality_may_be_shared():
             "modality name 'keys' must be .* torch does not use",
         ),
         ({"modalities": {"training": {"kind": "vector", "channels": 1}}}, "modality name 'training' must be"),
-        ({"modalities": {"copy": {"kind": "vector", "channels": 1}}}, "modality name 'copy' must be"),
+        ({"modalities": {"forward": {"kind": "vector", "channels": 1}}}, "modality name 'forward' must be"),
         ({"modalities": {"a": {"kind": "vectors"}}}, "unknown preprocessor kind 'vectors'"),
         ({"modalities": {"a": "vector"}}, "option 'modalities' .* must be of type"),
     ],
@@ -418,3 +418,25 @@ def test_the_released_masks_replace_the_label():
     given = case.inputs()["inputs"]
     other = {**given, "label": given["label"].flip(1)}
     assert torch.equal(model.encode(given).latents, model.encode(other).latents)
+
+
+def test_a_multimodal_models_masks_and_coordinates_are_dicts():
+    modalities = {"a": {"kind": "vector", "channels": 3}, "b": {"kind": "vector", "channels": 2}}
+    module = built({"kind": "multimodal", "modalities": modalities})
+    inputs = {"a": torch.rand(2, 3), "b": torch.rand(2, 2)}
+    with pytest.raises(ValueError, match="the mask of a multimodal model must be a dict by modality, not Tensor"):
+        module(inputs, torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"the coordinates of a multimodal model must be a dict .* known: a, b"):
+        module(inputs, coordinates=torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "inputs"),
+    [
+        ({"kind": "vector", "channels": 3}, torch.rand(2, 3)),
+        ({"kind": "points", "position": fourier(6, 5)}, torch.rand(2, 4, 2)),
+    ],
+)
+def test_coordinates_that_nothing_reads_are_refused(spec, inputs):
+    with pytest.raises(ValueError, match="takes no input_coordinates; leave them out"):
+        built(spec)(inputs, coordinates=torch.zeros(1, 2))

@@ -202,3 +202,39 @@ def test_a_spec_is_a_json_dict_with_a_kind(spec, message):
     with pytest.raises(ValueError) as error:
         check_spec("stem", spec)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "spec", "message"),
+    [
+        (STEMS, {"kind": "pixels", "in_channels": 0}, "'in_channels' of stem kind 'pixels' must be at least 1, not 0"),
+        (STEMS, {"kind": "patches", "project": 0}, "'project' .* at least 1, not 0; leave it out, or null, for none"),
+        (STEMS, {"kind": "values", "channels": -4}, "'channels' .* at least 1, not -4"),
+        (PREPROCESSORS, {"kind": "vector", "channels": 0}, "'channels' .* at least 1, not 0"),
+        (PREPROCESSORS, {"kind": "text", "channels": -1}, "'channels' .* at least 1, not -1"),
+        (PREPROCESSORS, {"kind": "points", "feature_channels": -3}, "'feature_channels' .* at least 0, not -3"),
+        (
+            POSITION_ENCODINGS,
+            {"kind": "projected", "position": {"kind": "none"}, "num_extra_mlps": -1},
+            "'num_extra_mlps' .* at least 0, not -1",
+        ),
+        (
+            OUTPUT_QUERIES,
+            {"kind": "position", "position": {"kind": "none"}, "grid": [0, 3]},
+            r"'grid' of output query kind 'position' must hold sizes of at least 1, one or more, not \[0, 3\]",
+        ),
+        (OUTPUT_QUERIES, {"kind": "position", "position": {"kind": "none"}, "scale": []}, "'scale' .* one or more"),
+        (POSTPROCESSORS, {"kind": "projection", "num_outputs": 0}, "'num_outputs' .* at least 1, not 0; leave it out"),
+        (POSTPROCESSORS, {"kind": "audio", "samples_per_patch": 0}, "'samples_per_patch' .* at least 1, not 0"),
+        (POSTPROCESSORS, {"kind": "classification", "hidden": -2}, "'hidden' .* at least 1, not -2"),
+    ],
+)
+def test_sizes_that_nothing_can_have_are_refused(table, spec, message):
+    with pytest.raises(ValueError, match=message):
+        table.build(spec, config=None, preprocessor=None, in_channels=4)
+
+
+def test_a_users_part_may_count_from_anywhere():
+    table = Registry("gadget")
+    table.register("mine")(Gadget)
+    assert table.build({"kind": "mine", "size": -1}).size == -1

@@ -265,11 +265,19 @@ def test_inputs_of_another_shape_are_refused(kind, options, shape, message):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("pixels", {"spatial_downsample": 0}, "spatial_downsample must be a whole number from 1, not 0"),
-        ("patches", {"temporal_downsample": -1}, "temporal_downsample must be a whole number from 1, not -1"),
-        ("conv", {"num_layers": 0}, "num_layers must be a whole number from 1"),
-        ("conv1x1", {"channels": 0}, "channels must be a whole number from 1"),
-        ("audio_patches", {"samples_per_patch": 0}, "samples_per_patch must be a whole number from 1"),
+        (
+            "pixels",
+            {"spatial_downsample": 0},
+            "option 'spatial_downsample' of stem kind 'pixels' must be at least 1, not 0",
+        ),
+        (
+            "patches",
+            {"temporal_downsample": -1},
+            "'temporal_downsample' of stem kind 'patches' must be at least 1, not -1",
+        ),
+        ("conv", {"num_layers": 0}, "'num_layers' .* must be at least 1, not 0"),
+        ("conv1x1", {"channels": 0}, "'channels' .* must be at least 1, not 0"),
+        ("audio_patches", {"samples_per_patch": 0}, "'samples_per_patch' .* must be at least 1, not 0"),
         ("conv", {"padding": "valid"}, "padding='valid' must be one of same, builtin"),
         ("conv", {"channels": "64"}, "option 'channels' of stem kind 'conv' must be of type int, not '64'"),
         ("values", {}, "stem kind 'values' needs the option 'channels'"),

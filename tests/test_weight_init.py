@@ -106,9 +106,9 @@ def test_flow_and_average_heads_start_at_zero(name):
 def test_paddings_and_mask_tokens_are_small():
     model = tiny("multimodal").model(large=False)
     drawn = [
-        *model.preprocessor.padding.values(),
-        *model.preprocessor.mask_tokens.values(),
-        *model.output_query.padding.values(),
+        *model.preprocessor.padding.parameters(),
+        *model.preprocessor.mask_tokens.parameters(),
+        *model.output_query.padding.parameters(),
     ]
     assert all(0 < p.abs().max() <= 0.04 for p in drawn)
 
@@ -168,9 +168,9 @@ def test_missing_modality_tokens_are_drawn_and_zero_heads_are_zero(tmp_path, dir
     source = tiny("multimodal").model()
     without(source, tmp_path, "preprocessor.mask_tokens.label", "output_query.padding.image")
     loaded = PerceiverIOModel.from_pretrained(tmp_path)
-    for drawn in (loaded.preprocessor.mask_tokens["label"], loaded.output_query.padding["image"]):
+    for drawn in (loaded.preprocessor.mask_tokens("label"), loaded.output_query.padding("image")):
         assert 0 < drawn.abs().max() <= 0.04
-    assert torch.equal(loaded.preprocessor.mask_tokens["audio"], source.preprocessor.mask_tokens["audio"])
+    assert torch.equal(loaded.preprocessor.mask_tokens("audio"), source.preprocessor.mask_tokens("audio"))
     flow = tiny("flow").model()
     without(flow, tmp_path, "postprocessor.projection.weight")
     loaded = PerceiverIOModel.from_pretrained(tmp_path)

@@ -42,7 +42,8 @@ class ArrayPart:
     @property
     def batch_size(self) -> int:
         sizes = [t.shape[0] for t in (self.features, self.mask, self.replaced) if t is not None]
-        return max([1 if self.position is None else self.position.batch_size, *sizes])
+        sizes.append(1 if self.position is None else self.position.batch_size)
+        return 0 if 0 in sizes else max(sizes)
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start to stop: (1 or B, stop - start, C)"""
@@ -59,7 +60,7 @@ class ArrayPart:
             columns = [columns[0] + columns[1]]
         if self.constant is not None and self.constant.numel():
             columns.append(self.constant[None, None].expand(1, stop - start, -1).to(columns[0].dtype))
-        batch = max(column.shape[0] for column in columns)
+        batch = next((column.shape[0] for column in columns if column.shape[0] != 1), 1)
         rows = torch.cat([c.expand(batch, -1, -1) for c in columns], dim=-1) if len(columns) > 1 else columns[0]
         if self.replaced is not None and self.token is not None:
             rows = torch.where(self.replaced[:, start:stop, None], self.token.to(rows.dtype), rows)

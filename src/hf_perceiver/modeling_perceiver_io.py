@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -253,7 +254,13 @@ class PerceiverIOPreTrainedModel(PreTrainedModel):
         """As in transformers; trust_remote_code=True also runs the parts that a checkpoint brings along."""
         if kwargs.get("trust_remote_code"):
             import_custom_modules(pretrained_model_name_or_path, cls.config_class, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"a weights file of {pretrained_model_name_or_path} is damaged or no safetensors file ({error}); copy or "
+                "download it again"
+            ) from error
 
     @staticmethod
     def _load_pretrained_model(
@@ -300,6 +307,12 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
             self.postprocessor = POSTPROCESSORS.build(
                 config.postprocessor, config=config, in_channels=read_out_channels, preprocessor=self.preprocessor
             )
+            asked, read_out = (getattr(part, "modalities", ()) for part in (self.output_query, self.postprocessor))
+            if without := set(asked) - set(read_out) if read_out else set():
+                raise ValueError(
+                    f"the output query asks for {', '.join(sorted(without))}, which the postprocessor does not read out; "
+                    f"it has {', '.join(read_out)}"
+                )
         if config.output_query is None and config.postprocessor is None:
             # Left out on purpose, nothing to report.
             self._keys_to_ignore_on_load_unexpected = [r"^(perceiver\.)?(output_query|decoder|postprocessor)\."]
@@ -384,6 +397,8 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
         options = {name: value for name, value in options.items() if value is not None and value is not False}
         input_array: Any = InputArray.of(self.preprocessor(inputs, attention_mask, **options))
         batch = input_array.batch_size
+        if not batch:
+            raise ValueError("the batch is empty; give at least one example")
         if latents is not None:
             latents = latents if latents.ndim == 3 else latents[None]
             if latents.ndim != 3 or latents.shape[-1] != self.config.d_latents:
@@ -420,12 +435,21 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
                     "coordinates to choose"
                 )
             return self.postprocessor.read_out(encoding.latents)
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size is a number of queries from 1, not {chunk_size}")
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+            raise ValueError(
+                f"chunk_size is a whole number of queries from 1, or None for all at once, not {chunk_size!r}"
+            )
         options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
         query: PerceiverArray = QueryArray.of(
             self.output_query(encoding.input_array, output_points, coordinates, **options)
         )
+        examples = encoding.latents.shape[0]
+        for _, part in query:
+            if examples != 1 and part.batch_size not in (1, examples):
+                raise ValueError(
+                    f"output_points or coordinates for {part.batch_size} examples, and an encoding of {examples}; give "
+                    "one set for all, or one for each"
+                )
         if query_mask is not None:
             query = mask_queries(query, query_mask, encoding.latents.shape[0])
         key_value = self.decoder.project(encoding.latents)
@@ -557,7 +581,8 @@ def mask_queries(query: PerceiverArray, query_mask: Any, batch_size: int) -> Que
     parts = dict(query.parts)
     for name, given in masks.items():
         if name not in parts:
-            raise ValueError(f"unknown modality {name!r} in the query mask; asked for: {', '.join(parts)}")
+            known = ", ".join(parts).strip() or "no named modality; give the mask as one tensor"
+            raise ValueError(f"unknown modality {name!r} in the query mask; asked for: {known}")
         mask, own = element_mask(given, (batch_size, parts[name].length)), parts[name].mask
         parts[name] = replace(parts[name], mask=mask if own is None or mask is None else own & mask)
     return QueryArray(parts)
@@ -791,6 +816,7 @@ class PerceiverIOForOpticalFlow(PerceiverIOHead):
         **kwargs: Any,
     ) -> PerceiverIOHeadOutput:
         """output_points (n,) or (B, n) flat pixel indices -> (B, n, 2); chunk_size bounds the decoder's memory."""
+        refuse_labels(type(self).__name__, kwargs)
         outputs = self.perceiver(
             pixel_values=pixel_values, inputs=inputs, output_points=output_points, chunk_size=chunk_size, **kwargs
         )
@@ -828,6 +854,7 @@ class PerceiverIOForMultimodalAutoencoding(PerceiverIOHead):
         **kwargs: Any,
     ) -> PerceiverIOHeadOutput:
         """output_points and coordinates choose what is decoded, see PerceiverIOModel.decode."""
+        refuse_labels(type(self).__name__, kwargs)
         outputs = self.perceiver(
             inputs=inputs,
             attention_mask=attention_mask,
@@ -837,6 +864,12 @@ class PerceiverIOForMultimodalAutoencoding(PerceiverIOHead):
             **kwargs,
         )
         return PerceiverIOHeadOutput(**_head_output(outputs, None, logits=outputs.logits))
+
+
+def refuse_labels(head: str, given: dict[str, Any]) -> None:
+    """Raise ValueError where labels are given to a head that has no loss: training would go on without learning."""
+    if given.get("labels") is not None:
+        raise ValueError(f"{head} has no loss of its own yet; leave out labels and compute one from the logits")
 
 
 def _classify(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .arrays import ArrayPart, InputArray, PerceiverArray, QueryArray
 from .configuration_perceiver_io import PerceiverIOConfig
 from .position_encoding import TableCode, build_position_encoding, truncated_normal_
-from .preprocessors import check_modality_name, values_known
+from .preprocessors import Vectors, as_tensor, check_modality_name, values_known
 from .registry import OUTPUT_QUERIES, register_output_query
 
 
@@ -83,7 +83,7 @@ class PositionQuery(OutputQuery):
                 raise ValueError("give output_points or coordinates, not both")
             if self.concat_input:
                 raise ValueError("a query that holds the input's features cannot be asked at free coordinates")
-            code = self.position.encode_at(torch.as_tensor(coordinates, device=device), dtype=dtype)
+            code = self.position.encode_at(as_tensor("coordinates", coordinates, device), dtype=dtype)
             return ArrayPart(position=code)
         grid = self._grid(source)
         code = self.position.encode(grid, device=device, dtype=dtype, interpolate=interpolate_pos_encoding)
@@ -128,6 +128,8 @@ class TaskQuery(OutputQuery):
         super().__init__()
         if num_tasks < 1 or channels < 1:
             raise ValueError(f"num_tasks={num_tasks} and channels={channels} must be at least 1")
+        if init_scale < 0:
+            raise ValueError(f"init_scale is a standard deviation, 0 or more, not {init_scale}")
         self.channels, self.init_scale = channels, init_scale
         self.task_queries = nn.Parameter(torch.empty(num_tasks, channels))
 
@@ -176,7 +178,7 @@ class MultimodalQuery(OutputQuery):
     modalities: name -> output query spec; a name that is an input's too takes its grid from that input, and needs the
     option `grid` to be asked whole where that input is missing.
     output_points and coordinates are dicts by name; output_points also says which modalities are asked: a name with
-    None is asked whole, an absent one not at all. None asks everything.
+    None is asked whole, an absent one not at all. None, or an empty dict, asks everything.
     """
 
     def __init__(
@@ -199,13 +201,7 @@ class MultimodalQuery(OutputQuery):
         }
         self.modalities = nn.ModuleDict(built)
         self.channels = max(module.channels for module in built.values()) + min_padding_size
-        self.padding = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(self.channels - module.channels)) for name, module in built.items()}
-        )
-
-    def reset_own_parameters(self) -> None:
-        for parameter in self.padding.values():
-            truncated_normal_(parameter, 0.02)
+        self.padding = Vectors({name: self.channels - module.channels for name, module in built.items()})
 
     def forward(
         self, input_array: InputArray, output_points: Any = None, coordinates: Any = None, **kwargs: Any
@@ -227,8 +223,8 @@ class MultimodalQuery(OutputQuery):
             made = query(source, (output_points or {}).get(name), (coordinates or {}).get(name), **kwargs)
             part = PerceiverArray.of(made).part
             # The mask token of an input that asks: its own channels, which come first, and this query's padding.
-            token = None if part.token is None else torch.cat([part.token[: query.channels], self.padding[name]])
-            parts[name] = replace(part, constant=self.padding[name], token=token)
+            token = None if part.token is None else torch.cat([part.token[: query.channels], self.padding(name)])
+            parts[name] = replace(part, constant=self.padding(name), token=token)
         return QueryArray(parts)
 
     def _source(self, name: str, input_array: InputArray) -> InputArray:
@@ -242,7 +238,9 @@ class MultimodalQuery(OutputQuery):
 
 def check_points(points: Any, length: int, device: torch.device) -> Tensor:
     """Flat indices (n,) or (B, n) as a tensor; ValueError when one lies outside 0 .. length - 1."""
-    points = torch.as_tensor(points, device=device)
+    points = as_tensor("output_points", points, device)
+    if not points.numel():
+        points = points.long()  # an empty list knows no type
     if points.ndim not in (1, 2) or points.is_floating_point() or points.dtype == torch.bool:
         raise ValueError(
             f"output_points are flat integer indices (n,) or (batch, n), not {tuple(points.shape)} {points.dtype}"

@@ -304,6 +304,8 @@ class TrainablePositionEncoding(PositionEncoding):
             raise ValueError(f"grid={list(grid)} has {math.prod(grid)} points, not num_positions={num_positions}")
         if num_positions < 1 or channels < 1:
             raise ValueError(f"num_positions={num_positions} and channels={channels} must be at least 1")
+        if init_scale < 0:
+            raise ValueError(f"init_scale is a standard deviation, 0 or more, not {init_scale}")
         self.num_positions, self.channels, self.init_scale = num_positions, channels, init_scale
         self.grid = None if grid is None else tuple(grid)
         self.embeddings = nn.Parameter(torch.empty(num_positions, channels))
@@ -311,12 +313,16 @@ class TrainablePositionEncoding(PositionEncoding):
     def reset_own_parameters(self) -> None:
         truncated_normal_(self.embeddings, self.init_scale)
 
+    def forward(self) -> Tensor:
+        """The table (num_positions, channels). Read through here: offloaded weights are fetched when a module is called."""
+        return self.embeddings
+
     def encode(self, grid: Grid, *, device: torch.device, dtype: torch.dtype, interpolate: bool = False) -> TableCode:
         wanted = math.prod(grid)
         if len(grid) == 1 and wanted <= self.num_positions and not interpolate:
-            return TableCode(self.embeddings[None, :wanted])
+            return TableCode(self()[None, :wanted])
         if wanted == self.num_positions and self.grid in (None, tuple(grid)):
-            return TableCode(self.embeddings[None])
+            return TableCode(self()[None])
         size = "x".join(map(str, grid))
         if interpolate:
             return TableCode(self._resize(tuple(grid)))
@@ -343,12 +349,12 @@ class TrainablePositionEncoding(PositionEncoding):
                 "option grid=[...], the layout it was trained on"
             )
         if layout == grid:
-            return self.embeddings[None]
+            return self()[None]
         mode = {1: "linear", 2: "bicubic", 3: "trilinear"}.get(len(grid))
         if mode is None:
             raise ValueError(f"trained positions are interpolated over one to three axes, not {len(grid)}")
         exact = torch.promote_types(self.embeddings.dtype, torch.float32)
-        table = self.embeddings.to(exact).T.reshape(1, self.channels, *layout)
+        table = self().to(exact).T.reshape(1, self.channels, *layout)
         table = F.interpolate(table, size=grid, mode=mode, align_corners=False)
         return table.reshape(1, self.channels, -1).transpose(1, 2).to(self.embeddings.dtype)
 

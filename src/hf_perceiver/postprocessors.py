@@ -29,7 +29,7 @@ class Postprocessor(nn.Module):
 
     def arrange(self, points: dict[str, Tensor], query: QueryArray) -> Any:
         """Read-out points by modality -> the model's output. By default the points of the only one."""
-        return next(iter(points.values()))
+        return only(points)
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -37,6 +37,24 @@ class Postprocessor(nn.Module):
             raise TypeError(
                 f"{cls.__name__}: a Postprocessor defines read_out and arrange; forward is for plain nn.Modules"
             )
+
+
+def only(points: dict[str, Tensor]) -> Tensor:
+    """The points of the only modality; ValueError where there are several, of which one would be taken."""
+    if len(points) != 1:
+        raise ValueError(
+            f"this postprocessor reads out one modality, and the queries have {', '.join(points) or 'none'}; use kind "
+            "'multimodal' with one postprocessor for each"
+        )
+    return next(iter(points.values()))
+
+
+def count_outputs(num_outputs: int | None, config: PerceiverIOConfig) -> int:
+    """`num_outputs`, or the config's number of labels; ValueError for less than one."""
+    count = config.num_labels if num_outputs is None else num_outputs
+    if count < 1:
+        raise ValueError(f"num_labels={count} must be at least 1 for a model that scores labels; or set num_outputs")
+    return count
 
 
 @register_postprocessor("identity")
@@ -101,7 +119,7 @@ class ClassificationPostprocessor(Postprocessor):
         super().__init__()
         self.hidden = nn.Linear(in_channels, hidden) if hidden else None
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(hidden or in_channels, num_outputs or config.num_labels)
+        self.classifier = nn.Linear(hidden or in_channels, count_outputs(num_outputs, config))
 
     def read_out(self, decoded: Tensor, modality: str = "") -> Tensor:
         if self.hidden is not None:
@@ -109,7 +127,7 @@ class ClassificationPostprocessor(Postprocessor):
         return self.classifier(self.dropout(decoded))
 
     def arrange(self, points: dict[str, Tensor], query: QueryArray) -> Tensor:
-        scores = next(iter(points.values()))
+        scores = only(points)
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
 
@@ -132,14 +150,13 @@ class ProjectionPostprocessor(Postprocessor):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.on_grid = on_grid
-        self.projection = nn.Linear(in_channels, num_outputs or config.num_labels)
+        self.projection = nn.Linear(in_channels, count_outputs(num_outputs, config))
 
     def read_out(self, decoded: Tensor, modality: str = "") -> Tensor:
         return self.projection(self.dropout(decoded))
 
     def arrange(self, points: dict[str, Tensor], query: QueryArray) -> Tensor:
-        (name, values), *_ = points.items()
-        grid = query.parts[name].grid if name in query.parts else query.part.grid
+        values, grid = only(points), query.part.grid
         return values.unflatten(1, grid) if self.on_grid and grid is not None else values
 
 
@@ -155,7 +172,7 @@ class AudioPostprocessor(Postprocessor):
         return self.projection(decoded)
 
     def arrange(self, points: dict[str, Tensor], query: QueryArray) -> Tensor:
-        return next(iter(points.values())).flatten(1)
+        return only(points).flatten(1)
 
 
 @register_postprocessor("flow")
@@ -179,8 +196,7 @@ class FlowPostprocessor(Postprocessor):
         return self.projection(decoded) / self.rescale_factor
 
     def arrange(self, points: dict[str, Tensor], query: QueryArray) -> Tensor:
-        values = next(iter(points.values()))
-        grid = query.part.grid
+        values, grid = only(points), query.part.grid
         return values if grid is None else values.unflatten(1, grid)
 
 
@@ -202,6 +218,12 @@ class MultimodalPostprocessor(Postprocessor):
             name: POSTPROCESSORS.build(modalities[name], config=config, in_channels=channels or in_channels)
             for name in sorted(modalities)
         }
+        for name, module in built.items():
+            if not hasattr(module, "read_out") or getattr(module, "reads_latents", False):
+                raise ValueError(
+                    f"postprocessor kind {modalities[name]['kind']!r} cannot read modality {name!r}: it needs all queries, "
+                    "or the latents, at once; use one that reads each point by itself"
+                )
         self.modalities = nn.ModuleDict(built)
 
     def read_out(self, decoded: Tensor, modality: str = "") -> Tensor:
@@ -231,7 +253,7 @@ class AveragePostprocessor(Postprocessor):
     ):
         super().__init__()
         self.zero_init = zero_init
-        self.classifier = nn.Linear(in_channels, num_outputs or config.num_labels)
+        self.classifier = nn.Linear(in_channels, count_outputs(num_outputs, config))
 
     def reset_own_parameters(self) -> None:
         if self.zero_init:

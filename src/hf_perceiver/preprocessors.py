@@ -54,6 +54,7 @@ class TextPreprocessor(Preprocessor):
     def forward(
         self, inputs: Tensor, mask: Tensor | None = None, coordinates: Tensor | None = None, **kwargs: Any
     ) -> ArrayPart:
+        check_tensor("text", inputs)
         if inputs.ndim != 2 or inputs.dtype.is_floating_point or inputs.dtype == torch.bool:
             raise ValueError(
                 f"text is token ids (batch, length) of an integer type, not {tuple(inputs.shape)} {inputs.dtype}"
@@ -96,11 +97,14 @@ class GridPreprocessor(Preprocessor):
         **kwargs: Any,
     ) -> ArrayPart:
         """mask (B, M) or (B, n_1, ..., n_d) over the stem's grid; coordinates (M, d) or (B, M, d) replace the grid's."""
+        check_tensor("a grid", inputs)
         dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
         # A stem with weights wants theirs; quantised ones are no floats, their biases are.
         dtype = next((p.dtype for p in self.stem.parameters() if p.is_floating_point()), dtype)
         features = self.stem(inputs.to(dtype))
         grid = tuple(features.shape[1:-1])
+        if not all(grid):
+            raise ValueError(f"an input of {tuple(inputs.shape)} has nothing to read; no axis may be empty")
         return place(
             features.flatten(1, -2),
             self.position,
@@ -126,6 +130,8 @@ class VectorPreprocessor(Preprocessor):
         self.channels = channels
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any) -> ArrayPart:
+        check_tensor("a vector", inputs)
+        refuse_coordinates("a vector", kwargs)
         if inputs.ndim == 1 and not inputs.is_floating_point():
             if values_known(inputs) and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.channels:
                 raise ValueError(f"class indices must be 0 to {self.channels - 1}, not {inputs.tolist()}")
@@ -158,6 +164,8 @@ class PointPreprocessor(Preprocessor):
             raise ValueError("points need a position, feature_channels, or both")
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any) -> ArrayPart:
+        check_tensor("a set of points", inputs)
+        refuse_coordinates("a set of points, which brings its own,", kwargs)
         if inputs.ndim != 3 or inputs.shape[-1] != self.num_axes + self.feature_channels:
             raise ValueError(
                 f"points are (batch, points, {self.num_axes} coordinates + {self.feature_channels} features), not "
@@ -168,6 +176,22 @@ class PointPreprocessor(Preprocessor):
             position = self.position.encode_at(inputs[..., : self.num_axes], dtype=inputs.dtype)
         features = inputs[..., self.num_axes :] if self.feature_channels else None
         return ArrayPart(features=features, position=position, mask=element_mask(mask, inputs.shape[:2]))
+
+
+class Vectors(nn.Module):
+    """Trained vectors by name, (width,) each. A module that is called, so that weights that are offloaded are there."""
+
+    def __init__(self, widths: dict[str, int]):
+        super().__init__()
+        for name, width in widths.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(width)))
+
+    def reset_own_parameters(self) -> None:
+        for parameter in self.parameters():
+            truncated_normal_(parameter, 0.02)
+
+    def forward(self, name: str) -> Tensor:
+        return self.get_parameter(name)
 
 
 @register_preprocessor("multimodal")
@@ -200,18 +224,15 @@ class MultimodalPreprocessor(Preprocessor):
         built: dict[str, Any] = {name: PREPROCESSORS.build(modalities[name], config=config) for name in names}
         self.modalities = nn.ModuleDict(built)
         self.channels = max(module.channels for module in built.values()) + min_padding_size
-        self.padding = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(self.channels - module.channels)) for name, module in built.items()}
-        )
+        self.padding = Vectors({name: self.channels - module.channels for name, module in built.items()})
         self.mask_probs = mask_probs
-        self.mask_tokens = nn.ParameterDict()
         if mask_probs is not None:
             for name, probability in mask_probs.items():
                 if name not in modalities:
                     raise ValueError(f"mask_probs names {name!r}; the modalities are {', '.join(names)}")
                 if not 0 <= probability <= 1:
                     raise ValueError(f"mask_probs[{name!r}] is a probability, not {probability}")
-            self.mask_tokens.update({name: nn.Parameter(torch.empty(self.channels)) for name in names})
+        self.mask_tokens = Vectors({} if mask_probs is None else dict.fromkeys(names, self.channels))
         if masked_at_inference is None:
             masked_at_inference = [name for name, p in (mask_probs or {}).items() if p == 1]
         elif mask_probs is None and masked_at_inference:
@@ -221,18 +242,19 @@ class MultimodalPreprocessor(Preprocessor):
                 raise ValueError(f"masked_at_inference names {name!r}; the modalities are {', '.join(names)}")
         self.masked_at_inference = frozenset(masked_at_inference)
 
-    def reset_own_parameters(self) -> None:
-        for parameter in (*self.padding.values(), *self.mask_tokens.values()):
-            truncated_normal_(parameter, 0.02)
-
     def forward(self, inputs: Any, mask: Any = None, coordinates: Any = None, **kwargs: Any) -> InputArray:
         """inputs, mask and coordinates: dicts by modality name; mask and coordinates may leave modalities out."""
         if not isinstance(inputs, Mapping):
             raise ValueError(
                 f"a multimodal model reads a dict of {', '.join(self.modalities)}, not {type(inputs).__name__}"
             )
-        for what, given in (("input", inputs), ("mask", mask or {}), ("coordinates", coordinates or {})):
-            for name in given:
+        for what, given in (("input", inputs), ("mask", mask), ("coordinates", coordinates)):
+            if given is not None and not isinstance(given, Mapping):
+                raise ValueError(
+                    f"the {what} of a multimodal model must be a dict by modality, not {type(given).__name__}; known: "
+                    f"{', '.join(self.modalities)}"
+                )
+            for name in given or ():
                 if name not in self.modalities:
                     raise ValueError(f"unknown modality {name!r} in the {what}; known: {', '.join(self.modalities)}")
         parts = {}
@@ -240,7 +262,7 @@ class MultimodalPreprocessor(Preprocessor):
             always = (self.mask_probs or {}).get(name) == 1 if self.training else name in self.masked_at_inference
             if inputs.get(name) is None:
                 if always and getattr(preprocessor, "num_elements", None) is not None:
-                    token = self.mask_tokens[name]
+                    token = self.mask_tokens(name)
                     length: Any = preprocessor.num_elements
                     everywhere = torch.ones(1, length, dtype=torch.bool, device=token.device)
                     parts[name] = ArrayPart(token=token, replaced=everywhere)
@@ -250,9 +272,9 @@ class MultimodalPreprocessor(Preprocessor):
             else:
                 made = preprocessor(inputs[name], (mask or {}).get(name), **kwargs)
             part = PerceiverArray.of(made).part
-            part.constant = self.padding[name]
+            part.constant = self.padding(name)
             if self.mask_probs is not None:
-                part.token, part.replaced = self.mask_tokens[name], self._draw(name, part, always)
+                part.token, part.replaced = self.mask_tokens(name), self._draw(name, part, always)
             parts[name] = part
         if not any(part.features is not None or part.position is not None for part in parts.values()):
             raise ValueError(f"no modality given; known: {', '.join(self.modalities)}")
@@ -262,7 +284,7 @@ class MultimodalPreprocessor(Preprocessor):
         return InputArray(parts)
 
     def _draw(self, name: str, part: ArrayPart, always: bool) -> Tensor | None:
-        shape, device = (part.batch_size, part.length), self.mask_tokens[name].device
+        shape, device = (part.batch_size, part.length), self.mask_tokens(name).device
         if always:
             return torch.ones(shape, dtype=torch.bool, device=device)
         probability = (self.mask_probs or {}).get(name, 0.0)
@@ -286,9 +308,14 @@ def place(
     if coordinates is not None:
         if position is None:
             raise ValueError("coordinates were given to a modality without positions")
-        if coordinates.shape[-2] != features.shape[1]:
-            raise ValueError(f"{coordinates.shape[-2]} coordinates for {features.shape[1]} elements")
-        code = position.encode_at(coordinates, dtype=features.dtype)
+        code = position.encode_at(as_tensor("coordinates", coordinates, features.device), dtype=features.dtype)
+        if code.length != features.shape[1]:
+            raise ValueError(f"{code.length} coordinates for {features.shape[1]} elements; each element needs one")
+        if code.batch_size != 1 and features.shape[0] not in (1, code.batch_size):
+            raise ValueError(
+                f"coordinates for {code.batch_size} examples, in a batch of {features.shape[0]}; give one set for all, "
+                "or one for each"
+            )
     elif position is not None:
         code = position.encode(grid, device=features.device, dtype=features.dtype, interpolate=interpolate)
     return ArrayPart(features=features, position=code, combine=combine, mask=mask, grid=grid)
@@ -314,12 +341,34 @@ def element_mask(mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> Te
     """Any 0/1 mask (B, ...) over the elements -> (B, M) bool, True = valid; ValueError for another shape."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"a mask is a tensor over {tuple(shape)} elements, 1 = valid, not {type(mask).__name__}")
     length = 1
     for n in shape[1:]:
         length *= n
     if mask.ndim < 2 or mask.shape[0] not in (1, shape[0]) or mask.flatten(1).shape[1] != length:
         raise ValueError(f"a mask over {tuple(shape)} elements has that shape, not {tuple(mask.shape)}")
     return mask.flatten(1).expand(shape[0], -1) != 0
+
+
+def check_tensor(what: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what} is a torch tensor, not {type(value).__name__}; convert it with torch.as_tensor()")
+
+
+def refuse_coordinates(what: str, given: Mapping[str, Any]) -> None:
+    """Raise ValueError where coordinates are given that nothing would read."""
+    if given.get("coordinates") is not None:
+        raise ValueError(f"{what} takes no input_coordinates; leave them out")
+
+
+def as_tensor(what: str, value: Any, device: torch.device) -> Tensor:
+    """Numbers as a tensor on `device`; ValueError for what is no array of numbers."""
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{what} must be a tensor or a list of numbers, not {value!r}") from None
 
 
 def values_known(tensor: Tensor) -> bool:
@@ -329,7 +378,7 @@ def values_known(tensor: Tensor) -> bool:
 
 def check_modality_name(name: Any) -> None:
     """Raise ValueError unless `name` can name a submodule."""
-    taken = isinstance(name, str) and (hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name))
+    taken = isinstance(name, str) and hasattr(nn.ModuleDict(), name)
     if not isinstance(name, str) or not name or "." in name or taken:
         raise ValueError(f"modality name {name!r} must be a non-empty word without dots that torch does not use itself")
 

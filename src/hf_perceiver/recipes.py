@@ -58,7 +58,9 @@ def imagenet_conv() -> PerceiverIOConfig:
 
 
 def imagenet_config_b() -> PerceiverIOConfig:
-    """Published: ImageNet config B (JFT pre-training), 16 unshared layers widened by 4, 212M parameters. IO A.2."""
+    """Published: ImageNet config B (JFT pre-training), 16 unshared layers widened by 4, 213.08M parameters (the
+    paper prints 212M). IO A.2.
+    """
     return _imagenet(
         preprocessor={
             "kind": "grid",

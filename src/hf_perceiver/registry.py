@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import nn
 
+# Integer options of this package's parts that may be 0; all others count from 1.
+MAY_BE_ZERO = frozenset({"feature_channels", "min_padding_size", "num_extra_mlps"})
+
 
 class Registry:
     """Kinds of one part of the model: `registry.register("kind")(cls)`, `registry.build(spec, ...)`."""
@@ -86,6 +89,8 @@ class Registry:
                 raise ValueError(
                     f"option {name!r} of {self.part} kind {kind!r} must be of type {wanted_type}, not {options[name]!r}"
                 )
+            elif kind in self.packaged:
+                _check_sizes(f"of {self.part} kind {kind!r}", name, options[name], parameter.annotation)
         wanted = inspect.signature(self.classes[kind].__init__).parameters
         return self.classes[kind](**options, **{name: value for name, value in context.items() if name in wanted})
 
@@ -120,6 +125,19 @@ def _is_of_type(value: Any, annotation: Any) -> bool:
     if origin in (dict, Mapping):
         return isinstance(value, dict) and all(_is_of_type(v, a) for a in arguments[1:] for v in value.values())
     return True
+
+
+def _check_sizes(where: str, name: str, value: Any, annotation: Any) -> None:
+    """Raise ValueError for a width, a count or a grid too small to build; in this package's parts every integer is one."""
+    if name in MAY_BE_ZERO and value == 0:
+        return
+    if isinstance(value, int) and _is_of_type(0, annotation) and not _is_of_type(0.5, annotation) and value < 1:
+        least = 0 if name in MAY_BE_ZERO else 1
+        none = "; leave it out, or null, for none" if _is_of_type(None, annotation) else ""
+        raise ValueError(f"option {name!r} {where} must be at least {least}, not {value}{none}")
+    sizes = value if isinstance(value, list | tuple) and _is_of_type([0], annotation) else [1]
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"option {name!r} {where} must hold sizes of at least 1, one or more, not {list(value)}")
 
 
 def _same_class(a: type, b: type) -> bool:

@@ -126,7 +126,9 @@ class Conv1x1Stem(ImageStem):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.channels_last(x)[..., :: self.spatial_downsample, :: self.spatial_downsample, :]
-        return F.linear(x, self.conv.weight.flatten(1), self.conv.bias)
+        frames = x.flatten(0, 1) if x.ndim == 5 else x
+        frames = self.conv(frames.movedim(-1, 1)).movedim(1, -1)
+        return frames.unflatten(0, x.shape[:2]) if x.ndim == 5 else frames
 
 
 @register_stem("patches")

@@ -40,6 +40,8 @@ class PerceiverIOTokenizer(TokenizersBackend):
     Each byte of a character has the whole character's offsets. A word (`word_ids`) ends before white space, which
     belongs to the word after it; transformers' whole-word collator looks for gaps between offsets: bytes have none.
     With `is_split_into_words=True` words are joined without a blank: begin them with one where the model should see it.
+    The token-classification pipeline's "first", "average" and "max" know words by the blank before them: they cut one
+    that begins with a character of several bytes within that character. "none" and "simple" do not look for words.
 
     Two differences from `PerceiverTokenizer`: a pair whose second text is "" is a single text (unless it comes in a
     batch); and where `longest_first` cuts both texts of a pair to an odd total, the second keeps one byte more, not the

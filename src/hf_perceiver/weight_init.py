@@ -31,10 +31,8 @@ def init_module(module: nn.Module, config: PerceiverIOConfig) -> None:
     """Draw the parameters that `module` itself holds."""
     if config.initializer == "normal":
         if hasattr(module, "reset_own_parameters"):
-            # A dict of parameters is a module, and still the owner's.
-            for own in (module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))):
-                for parameter in own.parameters(recurse=False):
-                    init.normal_(parameter, std=config.initializer_range)
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=config.initializer_range)
         return
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         truncated_normal_(module.weight, module.weight[0].numel() ** -0.5)
