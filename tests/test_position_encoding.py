@@ -65,6 +65,14 @@ def test_fourier_codes_follow_the_formula(sizes, concat_pos, sine_only, num_band
     torch.testing.assert_close(got[0].double(), want, rtol=0, atol=5e-6)
 
 
+def test_released_bands_are_float32():
+    """64 bands up to 112 are no short binary fractions, as those above are."""
+    module = FourierPositionEncoding(num_bands=64, max_resolution=[224])
+    want = written_out(grid_coordinates(50), 64, [224])
+    # Roundings of 1e-7 in position and band, times pi * 112.
+    torch.testing.assert_close(dense(module.encode((50,), **CPU))[0].double(), want, rtol=0, atol=1e-4)
+
+
 def test_a_grid_is_coded_like_its_coordinates():
     module = ready(fourier(9, 7, bands=4))
     coordinates = grid_coordinates(4, 6)

@@ -348,8 +348,6 @@ class TrainablePositionEncoding(PositionEncoding):
                 f"cannot interpolate {self.num_positions} trained positions to {grid}: give the position encoding the "
                 "option grid=[...], the layout it was trained on"
             )
-        if layout == grid:
-            return self()[None]
         mode = {1: "linear", 2: "bicubic", 3: "trilinear"}.get(len(grid))
         if mode is None:
             raise ValueError(f"trained positions are interpolated over one to three axes, not {len(grid)}")
