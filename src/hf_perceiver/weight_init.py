@@ -22,7 +22,7 @@ from .position_encoding import FourierPositionEncoding, truncated_normal_
 # Standard deviation of a normal cut at two standard deviations: Haiku's VarianceScaling divides by it.
 TRUNCATED_STD = 0.87962566103423978
 
-# Measured on masked bytes and synthetic flow: strength of the shared matrix, what the highest band keeps of it, and the
+# Chosen on small models of masked bytes and of flow: strength of the shared matrix, what the highest band keeps of it, and the
 # other channels' share of their usual size.
 ALIGNED_GAIN, HIGH_BAND_GAIN, OTHER_GAIN = 3.0, 0.3, 0.3
 

@@ -382,6 +382,7 @@ def model_card(metrics: dict[str, Any]) -> str:
     steps, minutes, threads = metrics["steps"], metrics["training_seconds"] / 60, metrics["threads"]
     batch_size, warmup, share = settings["batch_size"], settings["warmup_steps"], settings["words_share"]
     begin, all_by = settings["words_from_step"], settings["words_all_by_step"]
+    note = "\n" + metrics["note"] if "note" in metrics else ""
     train_bytes, train_files = text["train_bytes"], text["train_documents"]
     held_out_bytes, held_out_files = text["held_out_bytes"], text["held_out_documents"]
     return f"""---
@@ -434,7 +435,7 @@ Made from {versions}.
 bfloat16 autocast. AdamW at {settings["learning_rate"]:g}, rising over {warmup} steps, falling over the last quarter.
 Single bytes alone for {begin:,} steps, then more and more whole words, {share:.0%} of the windows from step
 {all_by:,} on. Position-aligned initialisation, and each head begins with a neighbour of its own
-(`hf_perceiver.training.local_start`). All settings: `metrics.json`; the course: `learning_curve.csv`.
+(`hf_perceiver.training.local_start`). All settings: `metrics.json`; the course: `learning_curve.csv`.{note}
 
 ```
 python -m hf_perceiver.training.train_language --output DIR --seed {settings["seed"]} --steps {steps}
