@@ -1148,7 +1148,7 @@ def test_the_encoder_can_be_offloaded(tmp_path):
     assert_same(list(loaded(**case.inputs()).values()), list(model(**case.inputs()).values()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("side", ["preprocessor", "output_query"])
+@pytest.mark.parametrize("side", ["preprocessor", "encoder", "output_query", "decoder", "postprocessor"])
 def test_trained_positions_can_be_offloaded(side, tmp_path):
     """Weights on the disk come back when their module is called, and positions are asked through `encode`."""
     case = tiny("text_untied")
@@ -1687,7 +1687,7 @@ def test_damaged_weights_are_said_with_the_way_out(tmp_path):
         PerceiverIOModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("side", ["preprocessor", "output_query"])
+@pytest.mark.parametrize("side", ["preprocessor", "encoder", "output_query", "decoder", "postprocessor"])
 @pytest.mark.parametrize("name", ["multimodal", "imagenet_learned"])
 def test_sides_of_the_model_can_be_offloaded(name, side, tmp_path):
     case = tiny(name)

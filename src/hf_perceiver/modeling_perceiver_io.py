@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 @dataclass
 class PerceiverIOOutput(ModelOutput):
     """
-    loss (scalar); last_hidden_state: latents (B, N, D); pooler_output: their mean (B, D); logits: the postprocessor's
+    last_hidden_state: latents (B, N, D); pooler_output: their mean (B, D); logits: the postprocessor's
     output, a tensor or a dict by modality; hidden_states: latents before each self-attend and after the last;
     attentions, cross_attentions: (B, heads, N, M) of every call, with eager attention.
     """
