@@ -176,12 +176,12 @@ def test_files_of_the_package_that_only_a_custom_module_needs_travel_too(tmp_pat
 
 
 def test_every_auto_class_that_reads_the_input_is_mapped():
-    modeling = "modeling_perceiver_io.PerceiverIO"
-    text = {name: f"{modeling}{name.removeprefix('AutoModel')}" for name in text_auto_classes()}
-    expected = {"AutoConfig": "configuration_perceiver_io.PerceiverIOConfig", **text, "AutoModel": f"{modeling}Model"}
+    model = {"AutoModel": "modeling_perceiver_io.PerceiverIOModel"}
+    text = {name: f"heads_text.PerceiverIO{name.removeprefix('AutoModel')}" for name in text_auto_classes()}
+    expected = {"AutoConfig": "configuration_perceiver_io.PerceiverIOConfig", **text, **model}
     assert auto_map(text_model()) == expected
     images = auto_map(PerceiverIOModel(PerceiverIOConfig(**LATENTS, **IMAGE)))
-    assert images["AutoModelForImageClassification"] == f"{modeling}ForImageClassification"
+    assert images["AutoModelForImageClassification"] == "heads_vision.PerceiverIOForImageClassification"
     assert "AutoModelForMaskedLM" not in images
 
 
@@ -449,7 +449,7 @@ inputs, logits = torch.load("expected.pt")
 auto = {"text": AutoModelForMaskedLM, "plain": AutoModelForMaskedLM, "image": AutoModelForImageClassification}
 for name, auto_class in auto.items():
     model = auto_class.from_pretrained("tester/" + name)
-    assert type(model).__module__ == "hf_perceiver.modeling_perceiver_io", type(model)
+    assert type(model).__module__.startswith("hf_perceiver.heads_"), type(model)
     same = name.replace("plain", "text")
     assert torch.equal(model(inputs=inputs[same]).logits, logits[same]), name
 for name in ("text", "plain"):

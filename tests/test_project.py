@@ -30,14 +30,18 @@ LAYERS = [
     ],
     ["preprocessors", "output_queries", "postprocessors", "losses", "recipes", "weight_init"],
     ["modeling_perceiver_io"],
-    ["builtin", "bundled", "hub", "pipelines", "flow", "benchmark", "export"],
+    ["heads_text", "heads_vision", "heads_multimodal"],
+    ["builtin", "bundled", "hub", "flow_files", "flow_metrics"],
+    ["pipeline_optical_flow", "pipeline_multimodal_autoencoding", "flow", "benchmark", "export"],
 ]
 # Files <-> tensors: beside the model, on the configuration alone.
 PROCESSORS = [
     "tokenization_perceiver_io",
     "image_processing_perceiver_io",
     "feature_extraction_perceiver_io",
+    "video_processing_perceiver_io",
     "processing_perceiver_io",
+    "media_files",
 ]
 # The standard library aside. A file may use more, but only inside a function: these are all that is sure to be there.
 THIRD_PARTY = {"torch", "numpy", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm", "packaging"}

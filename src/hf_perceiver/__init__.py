@@ -25,20 +25,17 @@ from .builtin import export_builtin, override_builtin, restore_builtin
 from .bundled import bundled_checkpoint
 from .checkpoint_names import apply_numerics
 from .configuration_perceiver_io import PerceiverIOConfig
-from .hub import save_with_code
-from .modeling_perceiver_io import (
-    Encoding,
-    PerceiverIOForImageClassification,
+from .heads_multimodal import PerceiverIOForMultimodalAutoencoding
+from .heads_text import (
     PerceiverIOForMaskedLM,
-    PerceiverIOForMultimodalAutoencoding,
     PerceiverIOForMultipleChoice,
-    PerceiverIOForOpticalFlow,
     PerceiverIOForQuestionAnswering,
     PerceiverIOForSequenceClassification,
     PerceiverIOForTokenClassification,
-    PerceiverIOModel,
-    PerceiverIOPreTrainedModel,
 )
+from .heads_vision import PerceiverIOForImageClassification, PerceiverIOForOpticalFlow
+from .hub import save_with_code
+from .modeling_perceiver_io import Encoding, PerceiverIOModel, PerceiverIOPreTrainedModel
 from .output_queries import OutputQuery
 from .position_encoding import PositionEncoding
 from .postprocessors import Postprocessor

@@ -25,6 +25,8 @@ from .custom_modules import custom_classes
 PACKAGE = "hf_perceiver"
 CODE = Path(__file__).parent
 MODELING = "modeling_perceiver_io"
+# The files that config.json's auto_map may name; each imports the modeling file.
+HEADS = ("heads_multimodal", "heads_text", "heads_vision")
 MARKER = "\n\n# Written by save_with_code: these files register parts that the config names.\n"
 
 
@@ -50,7 +52,7 @@ def save_with_code(
     of several files, a name that is taken, an import that has no relative form.
     """
     modeling = sys.modules.get(type(model).__module__)
-    if modeling is None or Path(modeling.__file__ or "") != CODE / f"{MODELING}.py":
+    if modeling is None or Path(modeling.__file__ or "") not in [CODE / f"{name}.py" for name in (MODELING, *HEADS)]:
         raise ValueError(
             f"save_with_code saves this package's models, not a {type(model).__module__}.{type(model).__name__}; "
             "unwrap models of other libraries, and for a class of your own see transformers' register_for_auto_class"
@@ -96,7 +98,7 @@ def auto_map(model: Any) -> dict[str, str]:
         for head in made if isinstance(made, tuple) else (made,):
             kinds = getattr(head, "preprocessor_kinds", ())
             if not kinds or kind in kinds or isinstance(model, head):
-                found[name] = f"{MODELING}.{head.__name__}"
+                found[name] = f"{head.__module__.rsplit('.', 1)[-1]}.{head.__name__}"
     return found
 
 
@@ -113,7 +115,7 @@ def code_files(modules: Iterable[ModuleType | str | Path]) -> tuple[dict[str, st
             raise ValueError(f"{taken} and {path} would both be {path.name} in the checkpoint; rename one of them")
     texts = {stem: _with_relative_imports(path, custom) for stem, path in custom.items()}
     modeling = (CODE / f"{MODELING}.py").read_text(encoding="utf-8")
-    needed = {MODELING, *_closure(MODELING)}
+    needed = {MODELING, *HEADS}.union(*(_closure(name) for name in HEADS))
     graph = {}
     for stem, text in texts.items():
         imports = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE))

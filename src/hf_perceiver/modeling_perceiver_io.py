@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .arrays import InputArray, PerceiverArray, QueryArray
@@ -23,7 +23,7 @@ from .attention import Attention, CrossAttentionLayer, SelfAttentionLayer
 from .checkpoint_weights import final_layer_renamings
 from .configuration_perceiver_io import PerceiverIOConfig
 from .custom_modules import import_custom_modules, note_custom_modules
-from .losses import classification_loss, cross_entropy
+from .losses import classification_loss
 from .output_queries import OutputQuery
 from .position_encoding import truncated_normal_
 from .postprocessors import Postprocessor  # noqa: F401 - fills the table
@@ -56,19 +56,6 @@ class PerceiverIOHeadOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Any = None
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class PerceiverIOQuestionAnsweringOutput(ModelOutput):
-    """start_logits and end_logits (B, L); the rest as PerceiverIOHeadOutput."""
-
-    loss: Tensor | None = None
-    start_logits: Tensor | None = None
-    end_logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -607,7 +594,7 @@ def one_input(**given: Any) -> Any:
     return next(iter(named.values()))
 
 
-def _head_output(outputs: PerceiverIOOutput, loss: Tensor | None, **logits: Any) -> dict[str, Any]:
+def head_output(outputs: PerceiverIOOutput, loss: Tensor | None, **logits: Any) -> dict[str, Any]:
     return {
         "loss": loss,
         **logits,
@@ -618,261 +605,13 @@ def _head_output(outputs: PerceiverIOOutput, loss: Tensor | None, **logits: Any)
     }
 
 
-class PerceiverIOForMaskedLM(PerceiverIOHead):
-    """Tokens (B, L) -> scores of every token at every position (B, L, vocab_size)."""
-
-    main_input_name = "input_ids"
-    preprocessor_kinds = ("text",)
-    query_kind = "position"
-    postprocessor_kinds = ("tokens",)
-
-    @classmethod
-    def _default_sides(cls, config: PerceiverIOConfig) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        query, post = super()._default_sides(config)
-        asked = copy.deepcopy(config)
-        asked.output_query = query
-        channels = config.preprocessor.get("channels")
-        if channels and post.get("tied", True) and query_width(asked) != channels:
-            post.setdefault("project", channels)  # tied tokens are as wide as the embedding
-        return query, post
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs: Tensor | None = None,
-        output_points: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> PerceiverIOHeadOutput:
-        """labels (B, L), or (B, n) with output_points; -100 where there is nothing to learn."""
-        outputs = self.perceiver(
-            input_ids=input_ids, attention_mask=attention_mask, inputs=inputs, output_points=output_points, **kwargs
-        )
-        loss = None if labels is None else cross_entropy(outputs.logits, labels, num_items_in_batch)
-        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=outputs.logits))
-
-
-class PerceiverIOForSequenceClassification(PerceiverIOHead):
-    """Tokens (B, L) -> class scores (B, num_labels)."""
-
-    main_input_name = "input_ids"
-    preprocessor_kinds = ("text",)
-    query_kind = "tasks"
-    postprocessor_kinds = ("classification", "average")
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> PerceiverIOHeadOutput:
-        """labels (B,) class indices or numbers, or (B, num_labels); the loss follows config.problem_type."""
-        outputs = self.perceiver(input_ids=input_ids, attention_mask=attention_mask, inputs=inputs, **kwargs)
-        loss = _classify(self.config, outputs.logits, labels, num_items_in_batch)
-        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=outputs.logits))
-
-
-class PerceiverIOForTokenClassification(PerceiverIOHead):
-    """Tokens (B, L) -> class scores of every token (B, L, num_labels)."""
-
-    main_input_name = "input_ids"
-    preprocessor_kinds = ("text",)
-    query_kind = "position"
-    postprocessor_kinds = ("projection",)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> PerceiverIOHeadOutput:
-        """labels (B, L), -100 where there is none."""
-        outputs = self.perceiver(input_ids=input_ids, attention_mask=attention_mask, inputs=inputs, **kwargs)
-        loss = None if labels is None else cross_entropy(outputs.logits, labels, num_items_in_batch)
-        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=outputs.logits))
-
-
-class PerceiverIOForQuestionAnswering(PerceiverIOHead):
-    """Question and text as tokens (B, L) -> scores of the answer's first and last token, (B, L) each."""
-
-    main_input_name = "input_ids"
-    preprocessor_kinds = ("text",)
-    query_kind = "position"
-    postprocessor_kinds = ("projection",)
-    postprocessor_options: ClassVar[dict[str, Any]] = {"num_outputs": 2}
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        inputs: Tensor | None = None,
-        **kwargs: Any,
-    ) -> PerceiverIOQuestionAnsweringOutput:
-        """start_positions and end_positions (B,): token indices; one past the end or -100 is left out of the loss."""
-        kwargs.pop("num_items_in_batch", None)  # Trainer counts "labels" only, of which there are none here
-        outputs = self.perceiver(input_ids=input_ids, attention_mask=attention_mask, inputs=inputs, **kwargs)
-        start, end = outputs.logits.unbind(dim=-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            length = start.shape[1]
-            targets = [p.reshape(-1) for p in (start_positions, end_positions)]
-            targets = [torch.where((p >= 0) & (p < length), p, -100) for p in targets]
-            loss = (cross_entropy(start, targets[0]) + cross_entropy(end, targets[1])) / 2
-        logits = {"start_logits": start, "end_logits": end}
-        return PerceiverIOQuestionAnsweringOutput(**_head_output(outputs, loss, **logits))
-
-
-class PerceiverIOForMultipleChoice(PerceiverIOHead):
-    """Tokens of every choice (B, choices, L) -> a score for each (B, choices)."""
-
-    main_input_name = "input_ids"
-    preprocessor_kinds = ("text",)
-    query_kind = "tasks"
-    postprocessor_kinds = ("classification",)
-    postprocessor_options: ClassVar[dict[str, Any]] = {"num_outputs": 1}
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> PerceiverIOHeadOutput:
-        """labels (B,): index of the right choice."""
-        tokens = one_input(input_ids=input_ids, inputs=inputs)
-        if tokens.ndim != 3:
-            raise ValueError(f"multiple choice reads (batch, choices, length) tokens, not {tuple(tokens.shape)}")
-        mask = None if attention_mask is None else attention_mask.flatten(0, 1)
-        outputs = self.perceiver(input_ids=tokens.flatten(0, 1), attention_mask=mask, **kwargs)
-        scores = outputs.logits.reshape(tokens.shape[:2])
-        loss = None if labels is None else cross_entropy(scores, labels, num_items_in_batch)
-        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=scores))
-
-
-class PerceiverIOForImageClassification(PerceiverIOHead):
-    """Images (B, 3, H, W) -> class scores (B, num_labels); one class for every stem and position encoding."""
-
-    main_input_name = "pixel_values"
-    preprocessor_kinds = ("grid", "points", "multimodal")
-    query_kind = "tasks"
-    postprocessor_kinds = ("classification", "average")
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> PerceiverIOHeadOutput:
-        """labels (B,), or (B, num_labels) soft or multi-label; interpolate_pos_encoding resizes trained positions."""
-        outputs = self.perceiver(
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            inputs=inputs,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            **kwargs,
-        )
-        loss = _classify(self.config, outputs.logits, labels, num_items_in_batch)
-        return PerceiverIOHeadOutput(**_head_output(outputs, loss, logits=outputs.logits))
-
-
-class PerceiverIOForOpticalFlow(PerceiverIOHead):
-    """Patches of two frames (B, 2, 27, H, W) -> flow (B, H, W, 2), x then y; times 20 it is in pixels."""
-
-    main_input_name = "pixel_values"
-    preprocessor_kinds = ("grid",)
-    query_kind = "input"
-    postprocessor_kinds = ("flow",)
-    accepts_loss_kwargs = False
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        inputs: Tensor | None = None,
-        output_points: Any = None,
-        chunk_size: int | None = None,
-        **kwargs: Any,
-    ) -> PerceiverIOHeadOutput:
-        """output_points (n,) or (B, n) flat pixel indices -> (B, n, 2); chunk_size bounds the decoder's memory."""
-        refuse_labels(type(self).__name__, kwargs)
-        outputs = self.perceiver(
-            pixel_values=pixel_values, inputs=inputs, output_points=output_points, chunk_size=chunk_size, **kwargs
-        )
-        return PerceiverIOHeadOutput(**_head_output(outputs, None, logits=outputs.logits))
-
-
-class PerceiverIOForMultimodalAutoencoding(PerceiverIOHead):
-    """A dict of modalities -> a dict of reconstructions.
-
-    The released model: image (B, 16, 3, 224, 224), audio (B, 30720, 1), label (B, 700) -> image (B, 802816, 3) or on its
-    grid, audio (B, 30720), label (B, 700).
-    """
-
-    main_input_name = "inputs"
-    preprocessor_kinds = ("multimodal",)
-    query_kind = "multimodal"
-    postprocessor_kinds = ("multimodal",)
-    accepts_loss_kwargs = False
-
-    @classmethod
-    def _default_sides(cls, config: PerceiverIOConfig) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        raise ValueError(
-            "PerceiverIOForMultimodalAutoencoding cannot guess what to reconstruct; give the config output_query and "
-            "postprocessor of kind 'multimodal', as hf_perceiver.recipes.multimodal_autoencoder() does"
-        )
-
-    @can_return_tuple
-    def forward(
-        self,
-        inputs: dict[str, Tensor] | None = None,
-        attention_mask: dict[str, Tensor] | None = None,
-        output_points: dict[str, Any] | None = None,
-        coordinates: dict[str, Tensor] | None = None,
-        chunk_size: int | None = None,
-        **kwargs: Any,
-    ) -> PerceiverIOHeadOutput:
-        """output_points and coordinates choose what is decoded, see PerceiverIOModel.decode."""
-        refuse_labels(type(self).__name__, kwargs)
-        outputs = self.perceiver(
-            inputs=inputs,
-            attention_mask=attention_mask,
-            output_points=output_points,
-            coordinates=coordinates,
-            chunk_size=chunk_size,
-            **kwargs,
-        )
-        return PerceiverIOHeadOutput(**_head_output(outputs, None, logits=outputs.logits))
-
-
 def refuse_labels(head: str, given: dict[str, Any]) -> None:
     """Raise ValueError where labels are given to a head that has no loss: training would go on without learning."""
     if given.get("labels") is not None:
         raise ValueError(f"{head} has no loss of its own yet; leave out labels and compute one from the logits")
 
 
-def _classify(
+def classify(
     config: PerceiverIOConfig, logits: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None
 ) -> Tensor | None:
     if labels is None:

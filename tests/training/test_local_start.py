@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hf_perceiver.configuration_perceiver_io import PerceiverIOConfig
-from hf_perceiver.modeling_perceiver_io import PerceiverIOForMaskedLM
+from hf_perceiver.heads_text import PerceiverIOForMaskedLM
 from hf_perceiver.training.local_start import (
     ASK_OFFSETS,
     LATENT_OFFSETS,

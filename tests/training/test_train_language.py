@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_perceiver.modeling_perceiver_io import PerceiverIOForMaskedLM
+from hf_perceiver.heads_text import PerceiverIOForMaskedLM
 from hf_perceiver.training import train_language
 from hf_perceiver.training.byte_masking import IGNORED, MASK, ByteMasker, Windows, WindowSampler
 from hf_perceiver.training.documentation import Document, Documentation

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PerceiverImageProcessorPil
 
 from ..configuration_perceiver_io import PerceiverIOConfig
-from ..modeling_perceiver_io import PerceiverIOForImageClassification
+from ..heads_vision import PerceiverIOForImageClassification
 from .storage import save_halved
 
 HELD_OUT = 0.2

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..configuration_perceiver_io import PerceiverIOConfig
-from ..modeling_perceiver_io import PerceiverIOForMaskedLM
+from ..heads_text import PerceiverIOForMaskedLM
 from ..tokenization_perceiver_io import PerceiverIOTokenizer
 from .byte_masking import (
     IGNORED,
