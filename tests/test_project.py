@@ -25,6 +25,7 @@ LAYERS = [
         "stems",
         "arrays",
         "attention",
+        "fast_attention",
         "checkpoint_names",
         "checkpoint_weights",
     ],
