@@ -253,6 +253,28 @@ TINY: dict[str, Callable[[], tuple[Any, ...]]] = {
         lambda batch: {"pixel_values": torch.randn(batch, 2, 27, 4, 6)},
         (PerceiverIOForOpticalFlow,),
     ),
+    "flow_separate": lambda: (
+        config_of(
+            num_blocks=1,
+            preprocessor=grid({"kind": "patches", "in_channels": 5, "project": 9}, fourier(2, 4, 6, bands=2)),
+            output_query={"kind": "input", "first_frame": True},
+            postprocessor={"kind": "flow"},
+        ),
+        lambda batch: {"pixel_values": torch.randn(batch, 2, 5, 4, 6)},
+        (PerceiverIOForOpticalFlow,),
+    ),
+    "flow_upsampled": lambda: (
+        config_of(
+            num_blocks=1,
+            preprocessor=grid(
+                {"kind": "conv", "channels": 6, "temporal_downsample": 2, "exact_sizes": True}, fourier(2, 3)
+            ),
+            output_query={"kind": "input"},
+            postprocessor={"kind": "convex_upsampling", "channels": 7},
+        ),
+        lambda batch: {"pixel_values": torch.randn(batch, 2, 3, 8, 12)},
+        (PerceiverIOForOpticalFlow,),
+    ),
     "multimodal": lambda: (_multimodal(), multimodal_inputs, (PerceiverIOForMultimodalAutoencoding,)),
     # The original Perceiver: several reads, the mean latent as read-out.
     "original_shared": lambda: (_original(), image_inputs(), _IMAGE_HEADS),
@@ -434,6 +456,8 @@ def head_inputs(case: Case, head: type, batch: int = 2, labels: bool = False) ->
     if not labels:
         return given
     length = given["input_ids"].shape[-1] if "input_ids" in given else 0
+    if head is PerceiverIOForOpticalFlow:
+        return {**given, "labels": torch.randn(batch, *given["pixel_values"].shape[-2:], 2)}
     targets: dict[type, dict[str, Tensor]] = {
         PerceiverIOForMaskedLM: {"labels": torch.randint(0, VOCAB, (batch, length))},
         PerceiverIOForTokenClassification: {"labels": torch.randint(0, 5, (batch, length))},

@@ -5,7 +5,7 @@ from torch import nn
 
 from hf_perceiver.arrays import ArrayPart, InputArray, QueryArray
 from hf_perceiver.output_queries import check_points
-from hf_perceiver.position_encoding import take_rows
+from hf_perceiver.position_encoding import AxisCode, take_rows
 from hf_perceiver.registry import OUTPUT_QUERIES, PREPROCESSORS
 
 PIXELS = grid({"kind": "pixels", "in_channels": 3}, fourier(6, 5))
@@ -345,6 +345,86 @@ def test_points_come_as_tensors_lists_or_arrays():
         got = check_points(points, 3, torch.device("cpu"))
         assert got.dtype == torch.long and got.tolist() == [1, 2]
     assert check_points(torch.zeros(0, dtype=torch.long), 3, torch.device("cpu")).shape == (0,)
+
+
+# --- the first frame of the input
+
+
+def frames(position, batch=2, frames=2, mask=None, **options):
+    """A query of the first frame, a preprocessor, and what it makes of a video of 4 x 3 pixels."""
+    reads = grid({"kind": "patches", "in_channels": 3, "project": 5}, position, **options)
+    query, reads = built({"kind": "input", "first_frame": True}, reads)
+    return query, reads, InputArray.of(reads(torch.randn(batch, frames, 3, 4, 3), mask))
+
+
+POSITIONS = {
+    "fourier": fourier(2, 4, 3),
+    "trainable": trainable(24, 6, grid=[2, 4, 3]),
+    "projected": {"kind": "projected", "position": fourier(2, 4, 3), "channels": 5},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_the_first_frame_asks_with_what_the_encoder_reads_of_it(kind):
+    query, _, array = frames(POSITIONS[kind])
+    made = asked(query, array)
+    torch.testing.assert_close(made.dense(), array.dense()[:, :12], rtol=0, atol=0)
+    assert made.part.grid == (4, 3)
+    points = torch.tensor([[11, 0, 5], [1, 1, 2]])
+    some = asked(query, array, output_points=points)
+    torch.testing.assert_close(some.dense(), take_rows(made.dense(), points), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"output_points 3..12 lie outside the output grid of 12 points"):
+        query(array, [3, 12])
+
+
+def test_the_first_frames_code_stays_one_table_for_each_axis():
+    query, _, array = frames(fourier(2, 4, 3))
+    code = query(array).position
+    assert isinstance(code, AxisCode) and code.points is None
+    assert [len(values) for axis, values in code.blocks if axis == 0] == [1, 1, 1]
+    chunks = torch.cat([code.dense(0, 5), code.dense(5, 12)], dim=1)
+    assert torch.equal(chunks, code.dense(0, 12))
+
+
+def test_the_first_frame_of_a_longer_video_asks_alone():
+    query, _, array = frames(fourier(3, 4, 3), frames=3)
+    assert torch.equal(asked(query, array).dense(), array.dense()[:, :12])
+
+
+def test_the_first_frame_keeps_its_mask():
+    mask = torch.rand(2, 2, 4, 3) < 0.5
+    query, _, array = frames(fourier(2, 4, 3), mask=mask)
+    assert torch.equal(query(array).mask, mask[:, 0].flatten(1))
+    assert array.part.length == 24 and array.part.grid == (2, 4, 3), "the input array itself is not changed"
+
+
+def test_the_first_frame_of_a_modality_asks_masked_as_it_was_read():
+    several = {
+        "kind": "multimodal",
+        "mask_probs": {"video": 0.5},
+        "modalities": {
+            "video": grid({"kind": "patches", "in_channels": 3}, fourier(2, 4, 3)),
+            "label": {"kind": "vector", "channels": 4},
+        },
+    }
+    spec = {"kind": "multimodal", "modalities": {"video": {"kind": "input", "first_frame": True}}}
+    query, reads = built(spec, several)
+    array = reads.train()({"video": torch.randn(2, 2, 3, 4, 3), "label": torch.randn(2, 4)})
+    width = query.modalities["video"].channels
+    assert array.parts["video"].replaced.any()
+    rows = asked(query, array).dense()
+    assert torch.equal(rows[..., :width], array.parts["video"].dense()[:, :12, :width])
+
+
+def test_an_input_of_merged_frames_has_no_first_one():
+    query, reads = built({"kind": "input", "first_frame": True})
+    with pytest.raises(
+        ValueError, match=r"a grid \(time, height, width\), and the input has \(4, 3\); give it a video"
+    ):
+        query(image(reads))
+    with pytest.raises(ValueError, match="the input has None"):
+        query(InputArray.of(torch.randn(2, 7, query.channels)))
 
 
 @pytest.mark.parametrize("name", ["flow", "points", "values", "text_set"])

@@ -94,6 +94,109 @@ def test_flow_is_scaled_down_and_laid_out():
         built({"kind": "flow", "rescale_factor": 0})
 
 
+def test_flow_options_have_defaults_that_read_old_configs():
+    module = built({"kind": "flow"})
+    assert (module.rescale_factor, module.scale_factor, module.flow_loss, module.num_loss_points) == (
+        100.0,
+        20.0,
+        "epe",
+        None,
+    )
+
+
+@pytest.mark.parametrize("kind", ["flow", "convex_upsampling"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rescale_factor": 0}, "rescale_factor must not be 0"),
+        ({"scale_factor": 0.0}, r"scale_factor=0\.0 turns logits into pixels; it must be more than 0"),
+        ({"scale_factor": -20}, "scale_factor=-20 turns logits into pixels"),
+        ({"flow_loss": "l2"}, r"option 'flow_loss' of postprocessor kind '.*' must be of type .*'epe'.*not 'l2'"),
+    ],
+)
+def test_bad_flow_options_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        built({"kind": kind, **options})
+
+
+# --- convex upsampling
+
+
+def convex(**options):
+    return built({"kind": "convex_upsampling", "channels": 5, "factor": 2, "rescale_factor": 10.0, **options})
+
+
+def test_convex_upsampling_computes_what_it_says():
+    """Fine flow by fine flow: softmax over those of the nine neighbours that are inside the grid."""
+    module, decoded, (height, width) = convex(factor=3), torch.randn(2, 12, 6, dtype=torch.float64), (3, 4)
+    module.double()
+    out = answer(module, decoded, (height, width))
+    assert out.shape == (2, 9, 12, 2)
+    features = module.features(decoded).unflatten(1, (height, width))
+    flow, scores = module.flow(features) / 10.0, module.weights(features).unflatten(-1, (3, 3, 3, 3)) / 4
+    for y in range(9):
+        for x in range(12):
+            top, left = y // 3, x // 3
+            total, weighted = 0, 0
+            for i in range(3):
+                for j in range(3):
+                    r, c = top - 1 + i, left - 1 + j
+                    if 0 <= r < height and 0 <= c < width:
+                        weight = scores[:, top, left, i, j, y % 3, x % 3].exp()[:, None]
+                        total, weighted = total + weight, weighted + weight * flow[:, r, c]
+            torch.testing.assert_close(out[:, y, x], weighted / total, rtol=1e-10, atol=1e-12)
+
+
+def test_constant_flow_stays_constant_up_to_the_border():
+    """RAFT pads with zeros, which draws the border towards no motion."""
+    module = convex()
+    nn.init.zeros_(module.flow.weight)
+    out = answer(module, torch.randn(2, 12, 6), (3, 4))
+    torch.testing.assert_close(out, (module.flow.bias / 10).expand(2, 6, 8, 2))
+
+
+def test_upsampled_flow_lies_between_its_neighbours():
+    module, decoded = convex(factor=4), torch.randn(2, 12, 6)
+    coarse = module.read_out(decoded)[..., :2].unflatten(1, (3, 4)).movedim(-1, 1)
+    out = answer(module, decoded, (3, 4)).movedim(-1, 1)
+    enlarged = [
+        nn.functional.interpolate(sign * nn.functional.max_pool2d(sign * coarse, 3, 1, 1), scale_factor=4)
+        for sign in (-1, 1)
+    ]
+    assert (enlarged[0] - 1e-6 <= out).all() and (out <= enlarged[1] + 1e-6).all()
+
+
+def test_a_factor_of_one_and_a_grid_of_one_point_are_upsampled_too():
+    assert answer(convex(factor=1), torch.randn(2, 12, 6), (3, 4)).shape == (2, 3, 4, 2)
+    module, decoded = convex(), torch.randn(2, 1, 6)
+    out = answer(module, decoded, (1, 1))
+    torch.testing.assert_close(out, module.read_out(decoded)[:, None, :, :2].expand(2, 2, 2, 2))
+
+
+def test_chosen_points_have_no_neighbours():
+    with pytest.raises(ValueError, match="chosen points have none; leave out output_points, or use"):
+        answer(convex(), torch.randn(2, 12, 6))
+    with pytest.raises(ValueError, match="a grid of 3 axes have none"):
+        answer(convex(), torch.randn(2, 12, 6), (2, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_convex_upsampling_works_in_half_precision(dtype):
+    module, decoded = convex(), torch.randn(2, 12, 6)
+    want = answer(module, decoded, (3, 4))
+    out = answer(module.to(dtype), decoded.to(dtype), (3, 4))
+    assert out.dtype == dtype
+    # bfloat16 keeps 8 bits, and softmax scores of size 10 are off by 0.04 in it.
+    assert (out.float() - want).norm() <= 0.1 * want.norm()
+
+
+def test_the_upsampled_flow_starts_at_zero():
+    module = POSTPROCESSORS.build({"kind": "convex_upsampling"}, config=config_of(), in_channels=6)
+    module.reset_own_parameters()
+    assert (module.flow.weight == 0).all()
+    assert module.features.out_features == 64 and module.weights.out_features == 9 * 16
+
+
 def test_the_average_read_out_is_the_projected_mean_latent():
     module = built({"kind": "average"}, in_channels=16, num_labels=4)
     latents = torch.randn(2, 5, 16)
@@ -144,7 +247,7 @@ def test_the_identity_gives_decoded_queries():
     assert torch.equal(answer(built({"kind": "identity"}), decoded), decoded)
 
 
-@pytest.mark.parametrize("kind", ["projection", "classification", "identity", "audio", "flow"])
+@pytest.mark.parametrize("kind", ["projection", "classification", "identity", "audio", "flow", "convex_upsampling"])
 def test_one_read_out_takes_no_several_modalities(kind):
     module = built({"kind": kind})
     points = {name: module.read_out(torch.randn(2, 3, 6)) for name in ("a", "b")}

@@ -148,6 +148,32 @@ def test_pixels_of_any_type_are_read(stem, weights, given):
     assert dense(module(x)).dtype == want
 
 
+# --- sound
+
+
+def test_a_mask_over_samples_is_one_over_their_patches():
+    """A patch is there when any of its samples is."""
+    module = built(grid({"kind": "audio_patches", "samples_per_patch": 3}, fourier(4)))
+    x, lengths = torch.randn(3, 12, 1), torch.tensor([12, 7, 6])
+    mask = torch.arange(12) < lengths[:, None]
+    want = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    assert torch.equal(module(x, mask.long()).mask, want)
+    assert torch.equal(module(x, want).mask, want)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_every_value_of_a_spectrogram_is_an_element(flatten):
+    module = built(grid({"kind": "spectrogram", "flatten": flatten}, fourier(*([20] if flatten else [4, 5]))))
+    x = torch.randn(2, 4, 5)
+    made = module(x, torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))
+    assert made.grid == ((20,) if flatten else (4, 5))
+    assert torch.equal(made.features, x.reshape(2, 20, 1))
+    assert made.mask.sum(dim=1).tolist() == [15, 5]
+    assert made.mask[0, :15].all() and made.mask[1, :5].all()
+    with pytest.raises(ValueError, match=r"a spectrogram is \(batch, time, bands\), not \(2, 4, 5, 1\)"):
+        module(x[..., None])
+
+
 # --- vectors
 
 
@@ -163,11 +189,18 @@ def test_class_indices_become_one_hot():
     assert torch.equal(dense(module(torch.tensor([2, 0]))), torch.eye(4)[[2, 0]][:, None])
 
 
+def test_no_class_is_a_masked_element():
+    made = built({"kind": "vector", "channels": 4})(torch.tensor([2, -100, 0]))
+    assert torch.equal(made.mask, torch.tensor([[True], [False], [True]]))
+    made = built({"kind": "vector", "channels": 4})(torch.tensor([2, -100, 0]), torch.tensor([[0], [1], [1]]))
+    assert torch.equal(made.mask, torch.tensor([[False], [False], [True]]))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (torch.tensor([2, 4]), r"class indices must be 0 to 3, not \[2, 4\]"),
-        (torch.tensor([-1]), "class indices must be 0 to 3"),
+        (torch.tensor([2, 4]), "label 4 is outside 0..3; -100 marks what has no label"),
+        (torch.tensor([-1]), "label -1 is outside 0..3"),
         (torch.zeros(2, 5), r"a vector is \(batch, 4\) or class indices \(batch,\), not \(2, 5\)"),
         (torch.zeros(2), r"not \(2,\)"),
         (torch.zeros(2, 1, 4), r"not \(2, 1, 4\)"),
@@ -351,6 +384,116 @@ def test_bad_multimodal_inputs_are_refused(inputs, message):
         multimodal()(inputs)
 
 
+def test_a_masked_modality_may_be_missing_from_some_examples():
+    """Where it is replaced, its token stands in, as for a batch that lacks it: every example is as if alone."""
+    module, x = multimodal(mask_probs={"a": 1.0}), several()
+    alone = module({n: v for n, v in x.items() if n != "a"})
+    for mask in (torch.tensor([1, 0]), torch.tensor([[0], [1]])):
+        made = module(x, {"a": mask})
+        assert made.mask() is None
+        assert torch.equal(made.dense(), alone.dense())
+
+
+def test_in_training_a_token_stands_in_for_what_is_missing_as_often_as_it_is_masked():
+    """The label of an example without one is seen as at inference in half of the draws, and left out in the others."""
+    batch = 2000
+    module = multimodal(mask_probs={"a": 0.5}, masked_at_inference=["a"]).train()
+    inputs = {"a": torch.randn(batch, 3), "b": torch.randn(1, 2, 2, 4).expand(batch, -1, -1, -1)}
+    for given, mask in ((inputs, {"a": torch.zeros(batch)}), ({"b": inputs["b"]}, None)):
+        made = module(given, mask)
+        part = made.parts["a"]
+        # 2,000 draws: three standard deviations are 0.034.
+        assert abs(part.mask.float().mean() - 0.5) < 0.034
+        assert torch.equal(made.mask()[:, :1], part.mask)
+        rows = part.dense().expand(batch, -1, -1)[part.mask[:, 0], 0]
+        assert torch.equal(rows, module.mask_tokens("a").expand_as(rows))
+    assert module.eval()({"b": inputs["b"]}).mask() is None
+
+
+def test_a_mask_over_examples_is_one_over_all_their_elements():
+    module, x = multimodal(), several(3)
+    there = torch.tensor([True, False, True])
+    made = module(x, {"b": there, "c": torch.tensor([[1, 1, 0]] * 3)})
+    assert torch.equal(made.parts["b"].mask, there[:, None].expand(3, 4))
+    with pytest.raises(ValueError, match="the mask of 'b' is for 2 examples, the batch has 3"):
+        module(x, {"b": torch.ones(2)})
+
+
+# --- modality dropout
+
+
+def test_a_dropped_modality_is_a_masked_one():
+    module, x = multimodal(dropout_probs={"b": 0.5}).train(), several(40)
+    made = module(x)
+    dropped = ~made.parts["b"].mask[:, 0]
+    assert 0 < dropped.sum() < 40
+    want = module.eval()(x, {"b": ~dropped})
+    assert torch.equal(made.mask(), want.mask())
+    assert torch.equal(made.dense(), want.dense())
+
+
+def test_dropout_and_a_mask_both_hide():
+    module, x = multimodal(dropout_probs={"c": 0.5}).train(), several(40)
+    mask = torch.rand(40, 3) < 0.7
+    part = module(x, {"c": mask}).parts["c"]
+    rows = part.mask.any(dim=1)
+    assert torch.equal(part.mask[rows], mask[rows])
+    assert 0 < rows.sum() < mask.any(dim=1).sum()
+
+
+def test_evaluation_drops_nothing():
+    module, x = multimodal(dropout_probs={"a": 1.0, "b": 0.5}), several(40)
+    assert module(x).mask() is None
+    assert torch.equal(module(x).dense(), multimodal_like(module)(x).dense())
+
+
+def multimodal_like(module):
+    """The same without dropout."""
+    other = multimodal()
+    other.load_state_dict(module.state_dict())
+    return other
+
+
+def test_modalities_are_dropped_with_their_probabilities():
+    """9,000 examples: three standard deviations of 0.3 are 0.0145, of 0.1 0.0095."""
+    module, x = multimodal(dropout_probs={"b": 0.3, "a": 0.1}).train(), several(1)
+    x = {name: value.expand(9000, *value.shape[1:]) for name, value in x.items()}
+    made = module(x)
+    assert made.parts["c"].mask is None
+    assert abs(1 - made.parts["b"].mask[:, 0].float().mean() - 0.3) < 0.0145
+    assert abs(1 - made.parts["a"].mask[:, 0].float().mean() - 0.1) < 0.0095
+
+
+@pytest.mark.parametrize("missing", [None, "c"])
+def test_an_example_never_loses_all_of_its_content(missing):
+    """Each of those that would be left keeps one, by equal chance: 3,000 draws, three standard deviations."""
+    batch = 3000
+    module, x = multimodal(dropout_probs=dict.fromkeys("abc", 1.0)).train(), several(1)
+    x = {name: value.expand(batch, *value.shape[1:]) for name, value in x.items()}
+    mask = {missing: torch.zeros(batch)} if missing else None
+    made = module(x, mask)
+    shown = torch.stack([made.parts[name].mask.any(dim=1) for name in "abc"], dim=1)
+    assert (shown.sum(dim=1) == 1).all()
+    share = 1 / 3 if missing is None else 1 / 2
+    kept = shown.float().mean(dim=0)
+    assert (kept[:2] - share).abs().max() < 3 * (share * (1 - share) / batch) ** 0.5
+    assert kept[2] == 0 or missing is None
+
+
+def test_a_mask_token_is_no_content():
+    """With its label masked, an example whose sound and video were both dropped would have nothing to learn from."""
+    module = multimodal(mask_probs={"a": 1.0}, dropout_probs={"b": 1.0, "c": 1.0}).train()
+    made = module(several(50))
+    shown = torch.stack([made.parts[name].mask.any(dim=1) for name in "bc"], dim=1)
+    assert (shown.sum(dim=1) == 1).all()
+
+
+def test_where_nothing_is_left_to_drop_nothing_breaks():
+    module = multimodal(dropout_probs={"a": 1.0}).train()
+    made = module({"a": torch.randn(2, 3)}, {"a": torch.zeros(2)})
+    assert not made.mask().any()
+
+
 def test_masks_and_coordinates_go_by_modality():
     module, x = multimodal(), several()
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -376,6 +519,8 @@ def test_a_batch_of_one_modality_may_be_shared():
         ({"modalities": {}}, "needs at least one modality"),
         ({"mask_probs": {"d": 0.5}}, "mask_probs names 'd'; the modalities are a, b, c"),
         ({"mask_probs": {"a": 1.5}}, r"mask_probs\['a'\] is a probability, not 1.5"),
+        ({"dropout_probs": {"d": 0.5}}, "dropout_probs names 'd'; the modalities are a, b, c"),
+        ({"dropout_probs": {"a": -0.1}}, r"dropout_probs\['a'\] is a probability, not -0.1"),
         ({"masked_at_inference": ["a"]}, "masked_at_inference needs mask tokens: give mask_probs"),
         ({"mask_probs": {}, "masked_at_inference": ["d"]}, "masked_at_inference names 'd'"),
         ({"modalities": {"a.b": {"kind": "vector", "channels": 1}}}, "modality name 'a.b' must be"),

@@ -22,7 +22,17 @@ KINDS = {
     "output query": (OUTPUT_QUERIES, {"position", "tasks", "input", "multimodal"}),
     "postprocessor": (
         POSTPROCESSORS,
-        {"tokens", "classification", "projection", "audio", "flow", "multimodal", "average", "identity"},
+        {
+            "tokens",
+            "classification",
+            "projection",
+            "audio",
+            "flow",
+            "convex_upsampling",
+            "multimodal",
+            "average",
+            "identity",
+        },
     ),
 }
 

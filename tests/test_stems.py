@@ -25,6 +25,8 @@ EVERY = {
     ),
     "conv": ({"in_channels": 2, "channels": 4}, (3, 2, 9, 15), (3, 4)),
     "conv, video": ({"in_channels": 2, "channels": 4}, (3, 2, 2, 9, 15), (2, 3, 4)),
+    "conv, frame pair": ({"in_channels": 2, "channels": 4, "temporal_downsample": 2}, (3, 2, 2, 9, 15), (3, 4)),
+    "conv, two pairs": ({"in_channels": 2, "channels": 4, "temporal_downsample": 2}, (3, 4, 2, 9, 15), (2, 3, 4)),
     "conv1x1": ({"in_channels": 2, "channels": 4, "spatial_downsample": 2}, (3, 2, 5, 7), (3, 4)),
     "conv1x1, video": ({"in_channels": 2, "channels": 4}, (3, 2, 2, 5, 7), (2, 5, 7)),
     "patches": ({"in_channels": 2, "spatial_downsample": 2}, (3, 2, 4, 6), (2, 3)),
@@ -155,6 +157,25 @@ def test_frames_of_a_video_are_convolved_one_by_one():
     torch.testing.assert_close(module(video), alone, rtol=0, atol=1e-5)
 
 
+def test_frames_can_be_convolved_together():
+    """As one image of the channels of both, the first frame's before the second's."""
+    pair = stem("conv", in_channels=3, channels=4, temporal_downsample=2)
+    both = stem("conv", in_channels=6, channels=4)
+    both.load_state_dict(pair.state_dict())
+    video = torch.randn(2, 2, 3, 9, 10)
+    assert torch.equal(pair(video), both(torch.cat([video[:, 0], video[:, 1]], dim=1)))
+
+
+def test_exact_sizes_are_multiples_of_the_whole_stride():
+    module = stem("conv", channels=4, exact_sizes=True)
+    assert module(torch.randn(1, 3, 8, 12)).shape == (1, 2, 3, 4)
+    for height, width, padded in ((8, 13, "8x16"), (9, 12, "12x12"), (1, 2, "4x4")):
+        with pytest.raises(ValueError, match=f"{height}x{width} pixels are no multiples of 4; pad .* to {padded}"):
+            module(torch.randn(1, 3, height, width))
+    with pytest.raises(ValueError, match=r"8x20 pixels are no multiples of 16; pad .* to 16x32"):
+        stem("conv", channels=4, num_layers=2, exact_sizes=True)(torch.randn(1, 3, 8, 20))
+
+
 # --- conv1x1
 
 
@@ -249,6 +270,8 @@ def test_samples_that_do_not_fill_patches_are_told_how_many_are_missing(samples,
         ("pixels", {}, (1, 4, 5, 6), r"not \(1, 4, 5, 6\)"),
         ("pixels", {}, (3, 5, 6), r"not \(3, 5, 6\)"),
         ("conv", {}, (1, 1, 1, 3, 5, 6), "images are .batch, 3"),
+        ("conv", {"temporal_downsample": 2}, (1, 3, 5, 6), "temporal_downsample=2 needs a video, not an image"),
+        ("conv", {"temporal_downsample": 2}, (1, 3, 3, 5, 6), "a grid of 3x5x6 does not divide into patches of 2x1x1"),
         ("conv1x1", {}, (1, 2, 5, 6), "images are .batch, 3"),
         ("pixels", {"temporal_downsample": 2}, (1, 3, 5, 6), "temporal_downsample=2 needs a video, not an image"),
         ("patches", {"temporal_downsample": 2}, (1, 3, 4, 4), "temporal_downsample=2 needs a video, not an image"),

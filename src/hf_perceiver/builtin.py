@@ -35,8 +35,19 @@ _CLASSES = {
     ("multimodal", None, "multimodal", "multimodal"): "PerceiverForMultimodalAutoencoding",
 }
 
-# Options that say how weights start or how outputs are laid out: nothing that a stored model computes.
-_WITHOUT_NUMBERS = {"init_scale", "zero_init", "on_grid"}
+# Options that say how weights start, how outputs are laid out or what is trained on: nothing that a stored model
+# computes.
+_WITHOUT_NUMBERS = {
+    "init_scale",
+    "zero_init",
+    "on_grid",
+    "scale_factor",
+    "flow_loss",
+    "losses",
+    "loss_weights",
+    "num_loss_points",
+    "dropout_probs",
+}
 # What the built-in lacks but a model is still of use without; a warning says so.
 _WARNED = {
     "zero_masked_rows": "a row whose mask has no valid element gets the mean of the values there, not 0",

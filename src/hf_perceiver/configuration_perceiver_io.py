@@ -75,6 +75,8 @@ class PerceiverIOConfig(PretrainedConfig):
         the same for the decoder's cross-attention; widths default to the latents'.
     zero_masked_rows (`bool`): attention over no valid element gives 0 (DeepMind) instead of the mean (transformers).
     hidden_act (`str`): DeepMind's GELU is the tanh form, `gelu_pytorch_tanh`.
+    fast_attention (`str`): whether inference may read and write by exact cheaper forms, see fast_attention.py: "auto"
+        where that is less work, on a CPU; "always" where it is possible; "never".
     dropout, attention_dropout (`float`): on every sub-layer's output; on attention probabilities.
     latents_init_scale (`float`): standard deviation of the latents' truncated normal.
     initializer (`"deepmind"`, `"normal"`, `"position_aligned"`): see `docs/initialization.md`.
@@ -93,6 +95,7 @@ class PerceiverIOConfig(PretrainedConfig):
         "hidden_states",
         "attentions",
         "cross_attentions",
+        "losses",
     ]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_latents",
@@ -122,6 +125,7 @@ class PerceiverIOConfig(PretrainedConfig):
     decoder_use_query_residual: bool = False
 
     zero_masked_rows: bool = True
+    fast_attention: Literal["auto", "always", "never"] = "auto"
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float | int = 1e-5
     dropout: float | int = 0.0

@@ -6,6 +6,7 @@ coordinates)` and returns a (1 or B, O, E) tensor, an ArrayPart or a QueryArray;
 Source: deepmind-research perceiver/perceiver.py (decoder_query of each decoder).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .arrays import ArrayPart, InputArray, PerceiverArray, QueryArray
 from .configuration_perceiver_io import PerceiverIOConfig
-from .position_encoding import TableCode, build_position_encoding, truncated_normal_
+from .position_encoding import AxisCode, TableCode, build_position_encoding, truncated_normal_
 from .preprocessors import Vectors, as_tensor, check_modality_name, values_known
 from .registry import OUTPUT_QUERIES, register_output_query
 
@@ -149,12 +150,16 @@ class TaskQuery(OutputQuery):
 
 @register_output_query("input")
 class InputQuery(OutputQuery):
-    """The input array itself asks, position and all: (B, M, C). Source: FlowDecoder."""
+    """The input array itself asks, position and all: (B, M, C). Source: FlowDecoder.
 
-    def __init__(self, *, preprocessor: Any, use_input_mask: bool = True):
+    first_frame: of a grid whose first axis is time, the elements of the first frame ask: (B, M / T, C), on the grid that
+    is left. Source: Perceiver IO, appendix H, flow of separate frames.
+    """
+
+    def __init__(self, *, preprocessor: Any, use_input_mask: bool = True, first_frame: bool = False):
         super().__init__()
         self.channels = preprocessor.channels
-        self.use_input_mask = use_input_mask
+        self.use_input_mask, self.first_frame = use_input_mask, first_frame
 
     def forward(
         self, input_array: InputArray, output_points: Any = None, coordinates: Any = None, **kwargs: Any
@@ -166,6 +171,8 @@ class InputQuery(OutputQuery):
             raise ValueError("queries made of the input's features need that input; it is missing here")
         if not self.use_input_mask:
             part.mask = None
+        if self.first_frame:
+            part = first_frame(part)
         if output_points is None:
             return part
         return part.select(check_points(output_points, part.length, input_array.like.device))
@@ -234,6 +241,32 @@ class MultimodalQuery(OutputQuery):
             # Missing: an empty set, not the grid of some other modality.
             return InputArray({name: ArrayPart(features=input_array.like[:, :0])})
         return input_array
+
+
+def first_frame(part: ArrayPart) -> ArrayPart:
+    """The elements of a video's first frame, (time, height, width) -> (height, width); ValueError for another grid."""
+    if part.grid is None or len(part.grid) != 3:
+        raise ValueError(
+            f"first_frame asks with a grid (time, height, width), and the input has {part.grid}; give it a video whose "
+            "frames the stem does not merge (temporal_downsample=1), or leave first_frame out"
+        )
+    grid = part.grid[1:]
+    length = math.prod(grid)
+    position = part.position
+    if isinstance(position, AxisCode) and position.points is None:
+        # One point of time is left, and the code stays one short table per axis.
+        blocks = tuple((axis, values[:1] if axis == 0 else values) for axis, values in position.blocks)
+        position = AxisCode(blocks, (1, *grid))
+    elif position is not None:
+        position = position.select(torch.arange(length, device=position.dense(0, 1).device))
+    return replace(
+        part,
+        features=None if part.features is None else part.features[:, :length],
+        position=position,
+        mask=None if part.mask is None else part.mask[:, :length],
+        replaced=None if part.replaced is None else part.replaced[:, :length],
+        grid=grid,
+    )
 
 
 def check_points(points: Any, length: int, device: torch.device) -> Tensor:

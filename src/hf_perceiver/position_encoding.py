@@ -234,7 +234,8 @@ class FourierPositionEncoding(PositionEncoding):
         self.channels = self.num_axes * (num_bands * (1 if sine_only else 2) + (1 if concat_pos else 0))
 
     def encode(self, grid: Grid, *, device: torch.device, dtype: torch.dtype, interpolate: bool = False) -> AxisCode:
-        self._check_axes(len(grid), f"a grid of {'x'.join(map(str, grid))}")
+        if len(grid) != self.num_axes:  # a string of sizes that are being traced would fix them
+            self._check_axes(len(grid), f"a grid of {'x'.join(map(str, grid))}")
         axes = [self._axis_coordinates(axis, n, device) for axis, n in enumerate(grid)]
         blocks = self.blocks(lambda axis: axes[axis], device, grid)
         return AxisCode(tuple((axis, values.to(dtype)) for axis, values in blocks), tuple(grid))

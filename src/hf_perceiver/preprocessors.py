@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .arrays import ArrayPart, InputArray, PerceiverArray
 from .configuration_perceiver_io import PerceiverIOConfig
+from .losses import IGNORED, check_classes
 from .position_encoding import PositionEncoding, build_position_encoding, truncated_normal_
 from .registry import PREPROCESSORS, STEMS, register_preprocessor
 from .stems import Stem
@@ -102,6 +103,8 @@ class GridPreprocessor(Preprocessor):
         # A stem with weights wants theirs; quantised ones are no floats, their biases are.
         dtype = next((p.dtype for p in self.stem.parameters() if p.is_floating_point()), dtype)
         features = self.stem(inputs.to(dtype))
+        if isinstance(mask, Tensor) and isinstance(self.stem, Stem):
+            mask = self.stem.element_mask(mask, inputs)
         grid = tuple(features.shape[1:-1])
         if not all(grid):
             raise ValueError(f"an input of {tuple(inputs.shape)} has nothing to read; no axis may be empty")
@@ -120,7 +123,8 @@ class GridPreprocessor(Preprocessor):
 class VectorPreprocessor(Preprocessor):
     """One element per example, such as a one-hot label: (B, channels) -> (B, 1, channels)
 
-    Class indices (B,) of an integer type become one-hot. Source: deepmind-research, OneHotPreprocessor.
+    Class indices (B,) of an integer type become one-hot; -100 is no class, a masked element. Source: deepmind-research,
+    OneHotPreprocessor.
     """
 
     num_elements = 1
@@ -132,15 +136,19 @@ class VectorPreprocessor(Preprocessor):
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any) -> ArrayPart:
         check_tensor("a vector", inputs)
         refuse_coordinates("a vector", kwargs)
+        valid = element_mask(mask, (inputs.shape[0], 1))
         if inputs.ndim == 1 and not inputs.is_floating_point():
-            if values_known(inputs) and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.channels:
-                raise ValueError(f"class indices must be 0 to {self.channels - 1}, not {inputs.tolist()}")
-            inputs = nn.functional.one_hot(inputs.long(), self.channels).to(torch.get_default_dtype())
+            check_classes(inputs, self.channels)
+            known = (inputs != IGNORED)[:, None]
+            valid = known if valid is None else known & valid
+            inputs = nn.functional.one_hot(inputs.long().where(known[:, 0], 0), self.channels).to(
+                torch.get_default_dtype()
+            )
         if inputs.ndim != 2 or inputs.shape[1] != self.channels:
             raise ValueError(
                 f"a vector is (batch, {self.channels}) or class indices (batch,), not {tuple(inputs.shape)}"
             )
-        return ArrayPart(features=inputs[:, None], mask=element_mask(mask, (inputs.shape[0], 1)), grid=(1,))
+        return ArrayPart(features=inputs[:, None], mask=valid, grid=(1,))
 
 
 @register_preprocessor("points")
@@ -201,9 +209,11 @@ class MultimodalPreprocessor(Preprocessor):
     modalities: name -> preprocessor spec. min_padding_size: the widest modality is padded by that many channels.
     mask_probs: name -> probability with which, in training, an element is replaced by the modality's mask token; None
     for no tokens. masked_at_inference: modalities wholly replaced outside training; by default those with probability 1.
-    A modality may be missing from the inputs: it is left out, or stands in as its mask token where it would be masked
-    anyway and has the same number of elements in every input (`num_elements`). Source: deepmind-research,
-    MultimodalPreprocessor (which draws its masks at inference too).
+    dropout_probs: name -> probability with which, in training, an example's whole modality is masked out; an example
+    that would lose all of its content keeps one modality, by equal chance (Perceiver, section 4.2: 0.3 of the videos).
+    A modality may be missing from the inputs, or by its mask from some examples: it is left out, or its mask token
+    stands in where it is replaced and has the same number of elements in every input (`num_elements`).
+    Source: deepmind-research, MultimodalPreprocessor (which draws its masks at inference too).
     """
 
     def __init__(
@@ -214,6 +224,7 @@ class MultimodalPreprocessor(Preprocessor):
         min_padding_size: int = 2,
         mask_probs: dict[str, float] | None = None,
         masked_at_inference: list[str] | None = None,
+        dropout_probs: dict[str, float] | None = None,
     ):
         super().__init__()
         if not modalities:
@@ -226,12 +237,13 @@ class MultimodalPreprocessor(Preprocessor):
         self.channels = max(module.channels for module in built.values()) + min_padding_size
         self.padding = Vectors({name: self.channels - module.channels for name, module in built.items()})
         self.mask_probs = mask_probs
-        if mask_probs is not None:
-            for name, probability in mask_probs.items():
+        self.dropout_probs = {name: p for name, p in (dropout_probs or {}).items() if p}
+        for option, given in (("mask_probs", mask_probs), ("dropout_probs", dropout_probs)):
+            for name, probability in (given or {}).items():
                 if name not in modalities:
-                    raise ValueError(f"mask_probs names {name!r}; the modalities are {', '.join(names)}")
+                    raise ValueError(f"{option} names {name!r}; the modalities are {', '.join(names)}")
                 if not 0 <= probability <= 1:
-                    raise ValueError(f"mask_probs[{name!r}] is a probability, not {probability}")
+                    raise ValueError(f"{option}[{name!r}] is a probability, not {probability}")
         self.mask_tokens = Vectors({} if mask_probs is None else dict.fromkeys(names, self.channels))
         if masked_at_inference is None:
             masked_at_inference = [name for name, p in (mask_probs or {}).items() if p == 1]
@@ -243,7 +255,10 @@ class MultimodalPreprocessor(Preprocessor):
         self.masked_at_inference = frozenset(masked_at_inference)
 
     def forward(self, inputs: Any, mask: Any = None, coordinates: Any = None, **kwargs: Any) -> InputArray:
-        """inputs, mask and coordinates: dicts by modality name; mask and coordinates may leave modalities out."""
+        """inputs, mask and coordinates: dicts by modality name; mask and coordinates may leave modalities out.
+
+        A mask is over the modality's elements, (B, M), or over the examples, (B,); True or 1 = there.
+        """
         if not isinstance(inputs, Mapping):
             raise ValueError(
                 f"a multimodal model reads a dict of {', '.join(self.modalities)}, not {type(inputs).__name__}"
@@ -257,40 +272,86 @@ class MultimodalPreprocessor(Preprocessor):
             for name in given or ():
                 if name not in self.modalities:
                     raise ValueError(f"unknown modality {name!r} in the {what}; known: {', '.join(self.modalities)}")
-        parts = {}
-        for name, preprocessor in self.modalities.items():
-            always = (self.mask_probs or {}).get(name) == 1 if self.training else name in self.masked_at_inference
-            if inputs.get(name) is None:
-                if always and getattr(preprocessor, "num_elements", None) is not None:
-                    token = self.mask_tokens(name)
-                    length: Any = preprocessor.num_elements
-                    everywhere = torch.ones(1, length, dtype=torch.bool, device=token.device)
-                    parts[name] = ArrayPart(token=token, replaced=everywhere)
-                continue
-            if (coordinates or {}).get(name) is not None:
-                made = preprocessor(inputs[name], (mask or {}).get(name), coordinates=coordinates[name], **kwargs)
-            else:
-                made = preprocessor(inputs[name], (mask or {}).get(name), **kwargs)
-            part = PerceiverArray.of(made).part
-            part.constant = self.padding(name)
-            if self.mask_probs is not None:
-                part.token, part.replaced = self.mask_tokens(name), self._draw(name, part, always)
-            parts[name] = part
-        if not any(part.features is not None or part.position is not None for part in parts.values()):
+        if not any(inputs.get(name) is not None for name in self.modalities):
             raise ValueError(f"no modality given; known: {', '.join(self.modalities)}")
+        parts = {}
+        for name, module in self.modalities.items():
+            if inputs.get(name) is not None:
+                at = (coordinates or {}).get(name)
+                options = kwargs if at is None else {**kwargs, "coordinates": at}
+                parts[name] = self._part(name, module, inputs[name], (mask or {}).get(name), options)
         sizes = {part.batch_size for part in parts.values()} - {1}
         if len(sizes) > 1:
             raise ValueError(f"modalities disagree on the batch size: { {n: p.batch_size for n, p in parts.items()} }")
-        return InputArray(parts)
+        batch_size = max(part.batch_size for part in parts.values())
+        if self.mask_probs is not None:
+            for name, module in self.modalities.items():
+                self._replace(name, parts, getattr(module, "num_elements", None), batch_size)
+        if self.training and self.dropout_probs:
+            self._drop(parts, batch_size)
+        return InputArray({name: parts[name] for name in self.modalities if name in parts})
 
-    def _draw(self, name: str, part: ArrayPart, always: bool) -> Tensor | None:
-        shape, device = (part.batch_size, part.length), self.mask_tokens(name).device
-        if always:
-            return torch.ones(shape, dtype=torch.bool, device=device)
+    def _part(self, name: str, module: nn.Module, given: Any, mask: Any, options: dict[str, Any]) -> ArrayPart:
+        of_examples = isinstance(mask, Tensor) and mask.ndim == 1
+        part = PerceiverArray.of(module(given, None if of_examples else mask, **options)).part
+        if of_examples:
+            if len(mask) not in (1, part.batch_size):
+                raise ValueError(f"the mask of {name!r} is for {len(mask)} examples, the batch has {part.batch_size}")
+            hide(part, (mask == 0).to(self.padding(name).device), part.batch_size)
+        part.constant = self.padding(name)
+        return part
+
+    def _replace(self, name: str, parts: dict[str, ArrayPart], num_elements: int | None, batch_size: int) -> None:
+        """Put mask tokens in place of a modality's elements, also of those that are not there."""
         probability = (self.mask_probs or {}).get(name, 0.0)
-        if not self.training or not probability:
-            return None
-        return torch.rand(shape, device=device) < probability
+        always = probability == 1 if self.training else name in self.masked_at_inference
+        part, token = parts.get(name), self.mask_tokens(name)
+        if part is not None:
+            part.token = token
+        elif num_elements is None:
+            return
+        if not always and not (self.training and probability):
+            return
+        shape = (batch_size, num_elements or 0) if part is None else (part.batch_size, part.length)
+        replaced = torch.ones(shape, dtype=torch.bool, device=token.device)
+        if not always:
+            replaced = torch.rand(shape, device=token.device) < probability
+        if part is None:
+            everywhere = torch.ones_like(replaced[:1])
+            parts[name] = ArrayPart(token=token, replaced=everywhere, mask=None if always else replaced)
+            return
+        part.replaced = replaced
+        if num_elements is not None and part.mask is not None:
+            part.mask = None if always else part.mask | replaced
+
+    def _drop(self, parts: dict[str, ArrayPart], batch_size: int) -> None:
+        """Mask out whole modalities, of each example by chance."""
+        device = self.padding(next(iter(parts))).device
+        content = torch.stack([has_content(part, device).expand(batch_size) for part in parts.values()], dim=1)
+        probabilities = torch.tensor([self.dropout_probs.get(name, 0.0) for name in parts], device=device)
+        dropped = torch.rand(content.shape, device=device) < probabilities
+        bare = ~(content & ~dropped).any(dim=1)
+        kept = torch.rand(content.shape, device=device).masked_fill(~content, -1.0).argmax(dim=1)
+        dropped &= ~(bare[:, None] & (torch.arange(len(parts), device=device) == kept[:, None]))
+        for index, (name, part) in enumerate(parts.items()):
+            if name in self.dropout_probs:
+                hide(part, dropped[:, index], batch_size)
+
+
+def hide(part: ArrayPart, hidden: Tensor, batch_size: int) -> None:
+    """Mask out the examples (1 or B,) of a part that are `hidden`."""
+    shown = ~hidden[:, None].expand(batch_size, part.length)
+    part.mask = shown if part.mask is None else part.mask & shown
+
+
+def has_content(part: ArrayPart, device: torch.device) -> Tensor:
+    """(1 or B,) bool: whether any element is neither masked out nor replaced by a mask token"""
+    shown = torch.ones(1, part.length, dtype=torch.bool, device=device)
+    if part.mask is not None:
+        shown = shown & part.mask
+    if part.replaced is not None:
+        shown = shown & ~part.replaced
+    return shown.any(dim=1)
 
 
 def place(

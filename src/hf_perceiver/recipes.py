@@ -76,12 +76,48 @@ def imagenet_config_b() -> PerceiverIOConfig:
 
 def optical_flow() -> PerceiverIOConfig:
     """Released: flow between two 368x496 frames of 3x3 patches, 41,057,134 parameters. optical_flow.ipynb; IO T16, row 1."""
-    return _flow(num_latents=2048, depth=24)
+    return _flow(_patches(27, frames=2), _positions(368, 496))
+
+
+def optical_flow_separate() -> PerceiverIOConfig:
+    """Published: 3x3 patches of each frame by itself, positions in time too, queries of the first frame, 41.72M
+    parameters (ours). IO T16, row 2.
+    """
+    return _flow(_patches(27), _positions(2, 368, 496))
+
+
+def optical_flow_pixels() -> PerceiverIOConfig:
+    """Published: pixels (1x1 patches) of both frames, 41.05M parameters (ours). IO T16, row 3."""
+    return _flow(_patches(3, frames=2), _positions(368, 496))
+
+
+def optical_flow_pixels_separate() -> PerceiverIOConfig:
+    """Published: pixels of each frame by itself, 41.72M parameters (ours). IO T16, row 4."""
+    return _flow(_patches(3), _positions(2, 368, 496))
+
+
+def optical_flow_conv() -> PerceiverIOConfig:
+    """Published: both frames through a convolution to 92x124, upsampled as in RAFT, 41.10M parameters (ours). IO T16,
+    row 5; BatchNorm as in DeepMind's Conv2DDownsample, the bands up to the grid's own resolution as in their ImageNet.
+    """
+    return _flow(_flow_conv(frames=2), _positions(92, 124), upsample=True)
+
+
+def optical_flow_conv_separate() -> PerceiverIOConfig:
+    """Published: each frame by itself through that convolution, 41.77M parameters (ours). IO T16, row 6."""
+    return _flow(_flow_conv(), _positions(2, 92, 124), upsample=True)
+
+
+def optical_flow_light() -> PerceiverIOConfig:
+    """Published: the light model, convolution of both frames, 16 layers, 1,024 latents, 27.95M parameters (ours). IO T16,
+    row 7.
+    """
+    return _flow(_flow_conv(frames=2), _positions(92, 124), upsample=True, num_latents=1024, depth=16)
 
 
 def optical_flow_small() -> PerceiverIOConfig:
     """Published sizes: flow with 16 layers and 1,024 latents, 27.91M parameters, the paper's 987 GFLOPs. IO H."""
-    return _flow(num_latents=1024, depth=16)
+    return _flow(_patches(27, frames=2), _positions(368, 496), num_latents=1024, depth=16)
 
 
 def multimodal_autoencoder() -> PerceiverIOConfig:
@@ -145,6 +181,67 @@ def multimodal_autoencoder() -> PerceiverIOConfig:
     )
 
 
+def multimodal_autoencoder_88x() -> PerceiverIOConfig:
+    """Published: the released autoencoder as it is trained, 784 latents, 88x smaller than its input. IO 4.3, T4, I.
+
+    Losses 0.03 L1(image) + L1(audio) + 0.0001 cross-entropy(label) at 512 pixels and 512 audio patches of each example;
+    the label is masked half of the time in training, always at inference.
+    """
+    return _autoencoder(num_latents=784)
+
+
+def multimodal_autoencoder_176x() -> PerceiverIOConfig:
+    """Published: the same with 392 latents, 19,658,151 parameters. IO T4."""
+    return _autoencoder(num_latents=392)
+
+
+def multimodal_autoencoder_352x() -> PerceiverIOConfig:
+    """Published: the same with 196 latents, 19,557,799 parameters. IO T4."""
+    return _autoencoder(num_latents=196)
+
+
+def multimodal_autoencoder_88x_label() -> PerceiverIOConfig:
+    """Published: 88x with weight 1 on the label: 45 % top-1 instead of 10 %, video PSNR 20.7 instead of 24.4. IO 4.3."""
+    return _autoencoder(num_latents=784, label_weight=1.0)
+
+
+def audioset_raw() -> PerceiverIOConfig:
+    """Published: AudioSet's 527 labels from 32 frames and 61,440 samples, 13,024 x 487 inputs, 24.92M parameters. IO C,
+    T10, mAP 43.3. 16 video bands follow from the width 487; those of the sound are not stated.
+    """
+    return _audioset(_sound_patches(), d_latents=512)
+
+
+def audioset_mel() -> PerceiverIOConfig:
+    """Published: the same from a 60x80 log-mel spectrogram, 17,344 x 487 inputs, latents of 1,024 channels, 86.57M
+    parameters (the paper prints 88.2M). IO C, T10, mAP 44.9.
+    """
+    return _audioset(_spectrogram(), d_latents=1024)
+
+
+def audioset_raw_average() -> PerceiverIOConfig:
+    """Published: audioset_raw read out from the mean latent, as in the original Perceiver, 20.97M parameters. IO T10."""
+    return _audioset(_sound_patches(), d_latents=512, **_AVERAGE)
+
+
+def audioset_mel_average() -> PerceiverIOConfig:
+    """Published: the same from a spectrogram, latents of 512 channels, 20.97M parameters. IO T10, mAP 43.6."""
+    return _audioset(_spectrogram(), d_latents=512, **_AVERAGE)
+
+
+def original_perceiver_audioset_raw() -> PerceiverIOConfig:
+    """Published: 2 reads, 8 self-attends after each, nothing shared. P1 4.2, mAP 43.5.
+
+    Number and width of the latents are not stated; these are IO's (T10).
+    """
+    return _audioset(_sound_patches(), d_latents=512, **_TWO_READS)
+
+
+def original_perceiver_audioset_mel() -> PerceiverIOConfig:
+    """Published: the same from a spectrogram, as tuned: 10 % of the spectrograms are dropped too. P1 4.2, mAP 44.2."""
+    return _audioset(_spectrogram(), d_latents=512, dropout={"image": 0.3, "audio": 0.1}, **_TWO_READS)
+
+
 def original_perceiver_imagenet() -> PerceiverIOConfig:
     """Published: the original Perceiver, 8 reads of 224x224 pixels, 44.91M parameters. P1 4.1, T7.
 
@@ -199,7 +296,16 @@ def _imagenet(**changes: Any) -> PerceiverIOConfig:
     return PerceiverIOConfig(**{**fields, **changes})
 
 
-def _flow(*, num_latents: int, depth: int) -> PerceiverIOConfig:
+def _flow(
+    stem: dict[str, Any],
+    position: dict[str, Any],
+    *,
+    upsample: bool = False,
+    num_latents: int = 2048,
+    depth: int = 24,
+) -> PerceiverIOConfig:
+    separate = len(position["max_resolution"]) == 3
+    upsampling = {"kind": "convex_upsampling", "factor": 4, "channels": 64}
     return PerceiverIOConfig(
         num_latents=num_latents,
         d_latents=512,
@@ -213,14 +319,85 @@ def _flow(*, num_latents: int, depth: int) -> PerceiverIOConfig:
         decoder_qk_channels=None,
         decoder_v_channels=None,
         decoder_use_query_residual=False,
-        preprocessor={
-            "kind": "grid",
-            "stem": {"kind": "patches", "in_channels": 27, "temporal_downsample": 2, "project": 64},
-            "position": {"kind": "fourier", "num_bands": 64, "max_resolution": [368, 496]},
-        },
-        output_query={"kind": "input"},
-        postprocessor={"kind": "flow", "rescale_factor": 100.0},
+        preprocessor={"kind": "grid", "stem": stem, "position": position},
+        output_query={"kind": "input", "first_frame": True} if separate else {"kind": "input"},
+        postprocessor={**(upsampling if upsample else {"kind": "flow"}), "rescale_factor": 100.0},
     )
+
+
+def _patches(in_channels: int, frames: int = 1) -> dict[str, Any]:
+    return {"kind": "patches", "in_channels": in_channels, "temporal_downsample": frames, "project": 64}
+
+
+def _flow_conv(frames: int = 1) -> dict[str, Any]:
+    return {"kind": "conv", "in_channels": 3, "channels": 64, "temporal_downsample": frames, "exact_sizes": True}
+
+
+def _positions(*max_resolution: int) -> dict[str, Any]:
+    return {"kind": "fourier", "num_bands": 64, "max_resolution": list(max_resolution)}
+
+
+def _autoencoder(*, num_latents: int, label_weight: float = 0.0001) -> PerceiverIOConfig:
+    config = multimodal_autoencoder()
+    config.num_latents = num_latents
+    config.preprocessor["mask_probs"] = {"image": 0.0, "audio": 0.0, "label": 0.5}
+    config.preprocessor["masked_at_inference"] = ["label"]
+    training = {
+        "losses": {"image": "l1", "audio": "l1", "label": "cross_entropy"},
+        "loss_weights": {"image": 0.03, "audio": 1.0, "label": label_weight},
+        "num_loss_points": {"image": 512, "audio": 512},
+    }
+    config.postprocessor = {**(config.postprocessor or {}), **training}
+    return config
+
+
+_AVERAGE: dict[str, Any] = {"output_query": None, "postprocessor": {"kind": "average"}}
+_TWO_READS: dict[str, Any] = {
+    **_AVERAGE,
+    "num_blocks": 2,
+    "num_self_attends_per_block": 8,
+    "cross_attend_before_blocks": [0, 1],
+    "cross_attend_sharing": "none",
+    "block_sharing": "none",
+}
+
+
+def _audioset(audio: dict[str, Any], *, dropout: dict[str, float] | None = None, **changes: Any) -> PerceiverIOConfig:
+    """Sound and 32 frames of 224x224 in patches of 2x8x8; 30 % of the videos are dropped in training (P1 4.2)."""
+    video = {
+        "kind": "grid",
+        "stem": {"kind": "patches", "in_channels": 3, "spatial_downsample": 8, "temporal_downsample": 2},
+        "position": {"kind": "fourier", "num_bands": 16, "max_resolution": [16, 28, 28]},
+    }
+    fields: dict[str, Any] = {
+        "num_blocks": 1,
+        "num_self_attends_per_block": 12,
+        "num_labels": 527,
+        "problem_type": "multi_label_classification",
+        "preprocessor": {
+            "kind": "multimodal",
+            "min_padding_size": 4,
+            "dropout_probs": dropout or {"image": 0.3},
+            "modalities": {"audio": audio, "image": video},
+        },
+    }
+    return _imagenet(**{**fields, **changes})
+
+
+def _sound_patches() -> dict[str, Any]:
+    return {
+        "kind": "grid",
+        "stem": {"kind": "audio_patches", "samples_per_patch": 128},
+        "position": {"kind": "fourier", "num_bands": 64, "max_resolution": [480]},
+    }
+
+
+def _spectrogram() -> dict[str, Any]:
+    return {
+        "kind": "grid",
+        "stem": {"kind": "spectrogram", "flatten": True},
+        "position": {"kind": "fourier", "num_bands": 64, "max_resolution": [4800]},
+    }
 
 
 def _original(**sharing: Any) -> PerceiverIOConfig:

@@ -25,6 +25,10 @@ class Stem(nn.Module):
         """Tensor at the boundary -> (B, n_1, ..., n_d, channels)"""
         raise NotImplementedError
 
+    def element_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+        """A mask (B, ...) over the tensor at the boundary -> one over the elements; others are left as they are."""
+        return mask
+
 
 class ImageStem(Stem):
     """Base of stems for (B, C, H, W) and (B, T, C, H, W); `in_channels` is C."""
@@ -69,7 +73,9 @@ class ConvStem(ImageStem):
     """`num_layers` times 7x7/2 convolution, BatchNorm, relu, 3x3/2 max-pool: 4 ** num_layers smaller each side.
 
     padding "same" is JAX's SAME at run-time sizes (224 -> 112 -> 56); "builtin" is transformers' (224 -> 112 -> 55).
-    Frames of a video are taken one by one.
+    Frames of a video are taken one by one, or `temporal_downsample` of them as the channels of one, in the order (t, c);
+    one left becomes an image, as in the flow model. exact_sizes: refuse sides that are no multiple of 4 ** num_layers, so
+    that what is upsampled again has the input's size. Raises ValueError for them.
     """
 
     def __init__(
@@ -80,13 +86,17 @@ class ConvStem(ImageStem):
         num_layers: int = 1,
         use_batchnorm: bool = True,
         padding: str = "same",
+        temporal_downsample: int = 1,
+        exact_sizes: bool = False,
     ):
         super().__init__(in_channels)
-        _check_positive(num_layers=num_layers, channels=channels)
+        _check_positive(num_layers=num_layers, channels=channels, temporal_downsample=temporal_downsample)
         if padding not in PADDINGS:
             raise ValueError(f"padding={padding!r} must be one of {', '.join(PADDINGS)}")
         self.padding, self.channels = padding, channels
-        widths = [in_channels] + [channels] * num_layers
+        self.temporal_downsample = temporal_downsample
+        self.multiple = 4**num_layers if exact_sizes else 1
+        widths = [in_channels * temporal_downsample] + [channels] * num_layers
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, kernel_size=7, stride=2, bias=False) for a, b in itertools.pairwise(widths)
         )
@@ -97,15 +107,32 @@ class ConvStem(ImageStem):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.channels_last(x)
+        x = self._merge_frames(self.channels_last(x))
         frames = x.flatten(0, 1) if x.ndim == 5 else x
         frames = frames.movedim(-1, 1)  # (frames, C, H, W)
+        self._check_sizes(*frames.shape[-2:])
         for conv, norm in zip(self.convs, self.norms, strict=True):
             frames = F.relu(norm(conv(self._pad(frames, kernel=7, value=0.0))))
             # Zeros pad as well as minus infinity would: relu has left nothing below zero.
             frames = F.max_pool2d(self._pad(frames, kernel=3, value=0.0), kernel_size=3, stride=2)
         frames = frames.movedim(1, -1)
         return frames.unflatten(0, x.shape[:2]) if x.ndim == 5 else frames
+
+    def _merge_frames(self, x: Tensor) -> Tensor:
+        if self.temporal_downsample == 1:
+            return x
+        if x.ndim == 4:
+            raise ValueError(f"temporal_downsample={self.temporal_downsample} needs a video, not an image")
+        x = space_to_depth(x, (self.temporal_downsample, 1, 1))
+        return x[:, 0] if x.shape[1] == 1 else x
+
+    def _check_sizes(self, height: int, width: int) -> None:
+        if height % self.multiple or width % self.multiple:
+            padded = "x".join(str(math.ceil(n / self.multiple) * self.multiple) for n in (height, width))
+            raise ValueError(
+                f"{height}x{width} pixels are no multiples of {self.multiple}; pad them below and on the right to {padded} "
+                "and crop the answer, or let the image processor do both"
+            )
 
     def _pad(self, x: Tensor, kernel: int, value: float) -> Tensor:
         if self.padding == "builtin":
@@ -189,6 +216,34 @@ class AudioPatchStem(Stem):
                 f"{samples.shape[1]} samples are not a whole number of patches of {self.channels}; pad with {more} more"
             )
         return samples.unflatten(1, (-1, self.channels))
+
+    def element_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+        """(B, samples) -> (B, patches): a patch is there when any of its samples is"""
+        of_samples = mask.ndim == 2 and mask.shape[1] == x.shape[1] and x.shape[1] % self.channels == 0
+        return (mask != 0).unflatten(1, (-1, self.channels)).any(dim=-1) if of_samples else mask
+
+
+@register_stem("spectrogram")
+class SpectrogramStem(Stem):
+    """Every value of (B, time, bands) an element of one channel, on the grid (time, bands), or in one row if `flatten`.
+
+    Source: the original Perceiver, section 4.2: a log-mel spectrogram of 60 x 80 is 4,800 inputs, once flattened.
+    """
+
+    channels = 1
+
+    def __init__(self, *, flatten: bool = False):
+        super().__init__()
+        self.flatten = flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 3:
+            raise ValueError(f"a spectrogram is (batch, time, bands), not {tuple(x.shape)}")
+        return (x.flatten(1) if self.flatten else x)[..., None]
+
+    def element_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+        """(B, time) -> (B, time, bands)"""
+        return mask[..., None].expand(-1, -1, x.shape[2]) if mask.shape[1:] == x.shape[1:2] else mask
 
 
 @register_stem("values")

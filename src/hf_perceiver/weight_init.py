@@ -17,6 +17,7 @@ from transformers import initialization as init
 
 from .attention import MLP, Attention, CrossAttentionLayer
 from .configuration_perceiver_io import PerceiverIOConfig
+from .output_queries import InputQuery
 from .position_encoding import FourierPositionEncoding, truncated_normal_
 
 # Standard deviation of a normal cut at two standard deviations: Haiku's VarianceScaling divides by it.
@@ -62,7 +63,8 @@ def align_positions(model: Any) -> None:
     start = model.preprocessor.channels - code.channels
     for layer in model.encoder.cross_attends:
         _share(layer, code, query_start=0, key_start=start)
-    query = getattr(model.output_query, "position", None) if model.output_query is not None else None
+    # An input that asks brings its own code.
+    query = code if isinstance(model.output_query, InputQuery) else getattr(model.output_query, "position", None)
     if isinstance(query, FourierPositionEncoding) and _same_code(query, code):
         _share(model.decoder.cross_attend, code, query_start=model.output_query.channels - code.channels, key_start=0)
 
