@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face Hub on the loopback interface: what pushing and loading a model ask of it.
 
-It keeps commits of real bytes and serves them by revision. It is not the Hub: no permissions, no large-file storage
-(every file travels inside the commit), no Xet, no checks of content.
+It keeps commits of real bytes and serves them by revision. It is not the Hub: no permissions, no Xet (set
+HF_HUB_DISABLE_XET=1), no upload in several parts, no checks of content other than those of large files.
 """
 
 import base64
@@ -15,14 +15,22 @@ from urllib.parse import unquote, urlsplit
 
 
 class HubStandIn:
-    """`with HubStandIn() as hub:` serves at `hub.endpoint`; `hub.repos[repo_id]` is a list of (revision, files)."""
+    """`with HubStandIn() as hub:` serves at `hub.endpoint`; `hub.repos[repo_id]` is a list of (revision, files).
 
-    def __init__(self) -> None:
+    large: files of more bytes go to the large-file storage, `hub.large_files`, by their sha256, as Git LFS does it, and
+    are fetched from there; None lets every file travel inside the commit.
+    """
+
+    def __init__(self, large: int | None = None) -> None:
+        self.large = large
+        self.large_files: dict[str, bytes] = {}
         self.repos: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.requests: list[str] = []
         self.unknown: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        # Another host by its name, as the Hub's storage is: clients take redirects to it otherwise.
+        self.storage = f"http://localhost:{self.server.server_port}/large"
 
     def __enter__(self) -> "HubStandIn":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -41,10 +49,12 @@ class HubStandIn:
             value = operation["value"]
             if operation["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                files[value["path"]] = self.large_files[value["oid"]]
             elif operation["key"] == "deletedFile":
                 files.pop(value["path"], None)
             elif operation["key"] != "header":
-                raise ValueError(f"the stand-in takes files inside the commit only, not {operation['key']!r}")
+                raise ValueError(f"the stand-in has no operation {operation['key']!r}")
         self.repos[repo_id].append((_revision(files), files))
         return self.repos[repo_id][-1][0]
 
@@ -54,6 +64,16 @@ class HubStandIn:
         if revision == "main":
             return commits[-1] if commits else None
         return next((commit for commit in reversed(commits) if commit[0] == revision), None)
+
+    def upload_mode(self, size: int) -> str:
+        return "regular" if self.large is None or size <= self.large else "lfs"
+
+    def instructions(self, oid: str, size: int) -> dict[str, Any]:
+        """What Git LFS's batch answer says about one object: where to put it, unless it is there."""
+        if oid in self.large_files:
+            return {"oid": oid, "size": size}
+        href = f"{self.storage}/{oid}"
+        return {"oid": oid, "size": size, "actions": {"upload": {"href": href}, "verify": {"href": href}}}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -74,15 +94,34 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
-            # "regular" for every size: the real Hub would ask for large-file storage.
-            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": self.hub.upload_mode(f["size"])} for f in json.loads(body)["files"]
+            ]
             self._json({"files": [{**f, "shouldIgnore": False, "oid": None} for f in files]})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             revision = self.hub.commit(match[1], [json.loads(line) for line in body.splitlines() if line.strip()])
             url = f"{self.hub.endpoint}/{match[1]}/commit/{revision}"
             self._json({"success": True, "commitUrl": url, "commitOid": revision, "hookOutput": ""})
+        elif re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+            objects = [self.hub.instructions(o["oid"], o["size"]) for o in json.loads(body)["objects"]]
+            self._json({"transfer": "basic", "objects": objects})
+        elif match := re.fullmatch(r"/large/([0-9a-f]{64})", path):
+            kept = self.hub.large_files.get(match[1])
+            if kept is None or json.loads(body) != {"oid": match[1], "size": len(kept)}:
+                return self._missing("EntryNotFound")
+            self._json({})
         else:
             self._unknown()
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self._path()
+        if not (match := re.fullmatch(r"/large/([0-9a-f]{64})", path)):
+            return self._unknown()
+        if hashlib.sha256(body).hexdigest() != match[1]:
+            return self._send(400, b"{}", "application/json")
+        self.hub.large_files[match[1]] = body
+        self._send(200, b"", "application/json")
 
     def do_GET(self) -> None:
         path = self._path()
@@ -107,8 +146,14 @@ class _Handler(BaseHTTPRequestHandler):
             if match[3] not in files:
                 return self._missing("EntryNotFound", revision)
             content = files[match[3]]
+            oid = hashlib.sha256(content).hexdigest()
+            if oid in self.hub.large_files:
+                linked = {"X-Linked-ETag": f'"{oid}"', "X-Linked-Size": str(len(content)), "X-Repo-Commit": revision}
+                return self._send(302, b"", "text/plain", {**linked, "Location": f"{self.hub.storage}/{oid}"})
             headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": revision}
             return self._send(200, content, "application/octet-stream", headers)
+        if (match := re.fullmatch(r"/large/([0-9a-f]{64})", path)) and match[1] in self.hub.large_files:
+            return self._send(200, self.hub.large_files[match[1]], "application/octet-stream")
         return self._unknown()
 
     do_HEAD = do_GET

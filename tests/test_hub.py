@@ -14,13 +14,18 @@ from pathlib import Path
 import hub_standin
 import pytest
 import torch
+from helpers import tiny
 from torch import nn
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hf_perceiver
 from hf_perceiver import PerceiverIOConfig, PerceiverIOForMaskedLM, PerceiverIOModel, save_with_code
 from hf_perceiver.custom_modules import missing_kinds
+from hf_perceiver.feature_extraction_perceiver_io import PerceiverIOFeatureExtractor
 from hf_perceiver.hub import auto_map, code_files
+from hf_perceiver.processing_perceiver_io import PerceiverIOProcessor
 from hf_perceiver.registry import PREPROCESSORS
+from hf_perceiver.video_processing_perceiver_io import PerceiverIOVideoProcessor
 
 SOURCE = Path(hf_perceiver.__file__).parent.parent
 
@@ -313,6 +318,70 @@ def test_a_later_plain_save_does_not_promise_code_that_it_leaves_behind(tmp_path
     assert config["auto_map"] == {"AutoProcessor": "someone/else--processing.Processor"}
 
 
+# Processors
+
+
+def flow_model_and_processor():
+    model = tiny("flow").model(hf_perceiver.PerceiverIOForOpticalFlow)
+    processor = hf_perceiver.PerceiverIOFlowImageProcessor(tile_size={"height": 4, "width": 6}, min_overlap=1)
+    return model, processor
+
+
+def test_a_processor_of_the_package_travels_with_its_code(tmp_path):
+    model, processor = flow_model_and_processor()
+    save_with_code(model, tmp_path / "out", processors=[processor])
+    saved = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    name = "image_processing_perceiver_io.PerceiverIOFlowImageProcessor"
+    assert saved["auto_map"] == {"AutoImageProcessor": name}
+    file = "image_processing_perceiver_io.py"
+    assert (tmp_path / "out" / file).read_text() == (SOURCE / "hf_perceiver" / file).read_text()
+
+    # Where the package is installed it is the package's own, and a plain save promises no code.
+    loaded = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert type(loaded) is type(processor) and loaded.to_dict() == processor.to_dict()
+    loaded.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "preprocessor_config.json").read_text())
+
+
+def test_a_processor_of_several_parts_travels_with_the_code_of_each(tmp_path):
+    model = tiny("multimodal").model(hf_perceiver.PerceiverIOForMultimodalAutoencoding)
+    processor = PerceiverIOProcessor(num_labels=5)
+    save_with_code(model, tmp_path / "out", processors=[processor])
+    saved = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    expected = {
+        "AutoProcessor": ("processing_perceiver_io", PerceiverIOProcessor, saved),
+        "AutoImageProcessor": ("video_processing_perceiver_io", PerceiverIOVideoProcessor, saved["image_processor"]),
+        "AutoFeatureExtractor": (
+            "feature_extraction_perceiver_io",
+            PerceiverIOFeatureExtractor,
+            saved["feature_extractor"],
+        ),
+    }
+    for auto_class, (module, processor_class, entry) in expected.items():
+        assert entry["auto_map"] == {auto_class: f"{module}.{processor_class.__name__}"}
+        file = f"{module}.py"
+        assert (tmp_path / "out" / file).read_text() == (SOURCE / "hf_perceiver" / file).read_text()
+    assert (tmp_path / "out" / "media_files.py").is_file(), "what they import comes along"
+
+    loaded = PerceiverIOProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(loaded.image_processor) is PerceiverIOVideoProcessor
+    loaded.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in (tmp_path / "again" / "processor_config.json").read_text()
+
+
+def test_processors_of_others_are_saved_without_code(tmp_path):
+    from transformers import PerceiverImageProcessorPil
+
+    model = PerceiverIOModel(PerceiverIOConfig(**LATENTS, **IMAGE))
+    tokenizer = hf_perceiver.PerceiverIOTokenizer()
+    PerceiverImageProcessorPil().save_pretrained(tmp_path / "plain")
+    save_with_code(model, tmp_path / "out", processors=[PerceiverImageProcessorPil(), tokenizer])
+    file = "preprocessor_config.json"
+    assert (tmp_path / "out" / file).read_text() == (tmp_path / "plain" / file).read_text()
+    assert "auto_map" not in json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert not {"image_processing_perceiver_io.py", "tokenization_perceiver_io.py"} & set(os.listdir(tmp_path / "out"))
+
+
 # Parts that nobody has imported
 
 
@@ -470,7 +539,7 @@ def run(script: str, folder: Path, endpoint: str, cache: str, package: bool) -> 
     """A fresh process in `folder`, with an empty HF_HOME and the stand-in for the Hub."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHON", "TRANSFORMERS_"))}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / cache), "HF_TOKEN": "none"}
-    env |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    env |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
     if package:
         env["PYTHONPATH"] = str(SOURCE)
@@ -487,6 +556,45 @@ def run(script: str, folder: Path, endpoint: str, cache: str, package: bool) -> 
     return done.stdout
 
 
+FLOW_WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["hf_perceiver"] = None
+import json, torch
+from transformers import AutoImageProcessor, AutoModelForImageToImage
+
+frames, expected_features, expected = torch.load("expected.pt")
+for source in ("./out", "./again"):
+    processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=True)
+    model = AutoModelForImageToImage.from_pretrained(source, trust_remote_code=True)
+    features = processor(frames, return_tensors="pt")
+    assert torch.equal(features.pixel_values, expected_features), source
+    with torch.no_grad():
+        [flow] = processor.post_process_optical_flow(model(**features), (9, 13))
+    # Flow of about 1 pixel; torch's sums depend on where in memory the weights lie.
+    torch.testing.assert_close(flow, expected, rtol=0, atol=1e-5)
+    # What was loaded so saves its code along.
+    model.save_pretrained("again")
+    processor.save_pretrained("again")
+    assert type(processor).__module__.startswith("transformers_modules.")
+print("flow without the package")
+"""
+
+
+@pytest.mark.medium
+def test_the_flow_processors_code_runs_in_a_fresh_process(tmp_path):
+    model, processor = flow_model_and_processor()
+    frames = torch.randint(0, 256, (2, 3, 9, 13), dtype=torch.uint8)
+    features = processor(frames, return_tensors="pt")
+    with torch.no_grad():
+        [flow] = processor.post_process_optical_flow(model(**features), (9, 13))
+    save_with_code(model, tmp_path / "out", processors=[processor])
+    torch.save([frames, features.pixel_values, flow], tmp_path / "expected.pt")
+    with hub_standin.HubStandIn() as hub:
+        out = run(FLOW_WITHOUT_THE_PACKAGE, tmp_path, hub.endpoint, "flow", package=False)
+        assert "flow without the package" in out
+        assert hub.unknown == []
+
+
 @pytest.mark.medium
 def test_pushed_code_loads_in_a_fresh_process_bit_for_bit(tmp_path):
     """Language head with tokenizer, image head, custom part; three processes, half a minute."""
@@ -494,8 +602,9 @@ def test_pushed_code_loads_in_a_fresh_process_bit_for_bit(tmp_path):
     write(tmp_path, "mine/dot_layers.py", DOT_LAYERS_PY)
     configs = {"text": {**LATENTS, **TEXT}, "image": {**LATENTS, **IMAGE}, "dots": {**LATENTS, **DOTS}}
     push = PUSH.format(user=str(tmp_path / "mine"), configs=configs)
-    with hub_standin.HubStandIn() as hub:
+    with hub_standin.HubStandIn(large=10_000) as hub:
         run(push, tmp_path, hub.endpoint, "pushing", package=True)
+        assert hub.large_files
         assert sorted(hub.repos) == ["tester/dots", "tester/image", "tester/plain", "tester/text"]
         assert "dots.py" in hub.at("tester/dots", "main")[1]
         assert "modeling_perceiver_io.py" not in hub.at("tester/plain", "main")[1]

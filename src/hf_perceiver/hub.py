@@ -19,6 +19,9 @@ from types import ModuleType
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ProcessorMixin
 
 from .custom_modules import custom_classes
 
@@ -27,6 +30,13 @@ CODE = Path(__file__).parent
 MODELING = "modeling_perceiver_io"
 # The files that config.json's auto_map may name; each imports the modeling file.
 HEADS = ("heads_multimodal", "heads_text", "heads_vision")
+# What travels of this package's processors: the Auto class that loads it, and the file that says where its code is. The
+# tokenizer is not among them, transformers reads its file without code.
+PROCESSORS = {
+    BaseImageProcessor: ("AutoImageProcessor", "preprocessor_config.json"),
+    FeatureExtractionMixin: ("AutoFeatureExtractor", "preprocessor_config.json"),
+    ProcessorMixin: ("AutoProcessor", "processor_config.json"),
+}
 MARKER = "\n\n# Written by save_with_code: these files register parts that the config names.\n"
 
 
@@ -44,8 +54,8 @@ def save_with_code(
 
     Modules that register the model's own parts come along by themselves. extra_modules: others that those import, as
     modules or paths; each is one file, and what it imports from this package is rewritten in the copy. processors:
-    tokenizer or image processor to save beside the model. repo_id: the folder is pushed there too (`private` as in
-    `create_repo`).
+    tokenizers and others to save beside the model, with their code if they are this package's. repo_id: the folder is
+    pushed there too (`private` as in `create_repo`).
 
     The folder appears complete or not at all; in one that exists, files of the same names are replaced.
     Raises ValueError for a model of another package, and for a module that cannot travel: one of a notebook, a package
@@ -57,7 +67,10 @@ def save_with_code(
             f"save_with_code saves this package's models, not a {type(model).__module__}.{type(model).__name__}; "
             "unwrap models of other libraries, and for a class of your own see transformers' register_for_auto_class"
         )
-    files, modules = code_files([*_defining_modules(model.config), *extra_modules])
+    processors = list(processors)
+    parts = [part for processor in processors for part in _parts(processor).values()]
+    own = [path.stem for path in map(_own_code, parts) if path is not None]
+    files, modules = code_files([*_defining_modules(model.config), *extra_modules], own)
     directory = Path(os.path.abspath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
@@ -66,6 +79,7 @@ def save_with_code(
         model.save_pretrained(draft, max_shard_size=max_shard_size)
         for processor in processors:
             processor.save_pretrained(draft)
+            _name_code(processor, draft)
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
         config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
@@ -102,9 +116,39 @@ def auto_map(model: Any) -> dict[str, str]:
     return found
 
 
-def code_files(modules: Iterable[ModuleType | str | Path]) -> tuple[dict[str, str], list[str]]:
+def _own_code(processor: Any) -> Path | None:
+    """The file of this package that defines a processor, if it is to travel."""
+    file = Path(getattr(sys.modules.get(type(processor).__module__), "__file__", None) or "")
+    return file if isinstance(processor, tuple(PROCESSORS)) and file.parent == CODE else None
+
+
+def _parts(processor: Any) -> dict[str, Any]:
+    """A processor under "", and those that it is made of under their names in its file."""
+    names = processor.get_attributes() if isinstance(processor, ProcessorMixin) else []
+    return {"": processor, **{name: getattr(processor, name) for name in names}}
+
+
+def _name_code(processor: Any, directory: Path) -> None:
+    """Say in a saved processor's file which code it needs, and which its parts need."""
+    own = {name: part for name, part in _parts(processor).items() if _own_code(part) is not None}
+    if not own:
+        return
+    file = directory / _of_kind(processor)[1]
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    for name, part in own.items():
+        entry = saved[name] if name else saved
+        entry["auto_map"] = {_of_kind(part)[0]: f"{type(part).__module__.rsplit('.', 1)[-1]}.{type(part).__name__}"}
+    file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _of_kind(processor: Any) -> tuple[str, str]:
+    return next(value for base, value in PROCESSORS.items() if isinstance(processor, base))
+
+
+def code_files(modules: Iterable[ModuleType | str | Path], own: Iterable[str] = ()) -> tuple[dict[str, str], list[str]]:
     """File name -> text of all that a checkpoint with these custom modules needs, and the modules in import order.
 
+    own: modules of this package that come along beside the model's.
     Raises ValueError as save_with_code does.
     """
     custom: dict[str, Path] = {}
@@ -115,7 +159,7 @@ def code_files(modules: Iterable[ModuleType | str | Path]) -> tuple[dict[str, st
             raise ValueError(f"{taken} and {path} would both be {path.name} in the checkpoint; rename one of them")
     texts = {stem: _with_relative_imports(path, custom) for stem, path in custom.items()}
     modeling = (CODE / f"{MODELING}.py").read_text(encoding="utf-8")
-    needed = {MODELING, *HEADS}.union(*(_closure(name) for name in HEADS))
+    needed = {MODELING}.union(*({name, *_closure(name)} for name in (*HEADS, *own)))
     graph = {}
     for stem, text in texts.items():
         imports = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE))
