@@ -1,9 +1,10 @@
 """One of DeepMind's checkpoints (a Haiku pickle) -> a Hub folder with safetensors.
 
-    python -m conversion.convert_haiku CHECKPOINT --model MODEL --output DIR
+    python -m conversion.convert_haiku CHECKPOINT --model MODEL --output DIR [--reference FILE.npz]
 
-Nothing from the file is run (unpickle.py); every name is accounted for, both ways (haiku_names.py). Exit status: 0 the
-folder is complete, 2 it was not written.
+Nothing from the file is run (unpickle.py); every name is accounted for, both ways (haiku_names.py). With reference
+outputs of the original for this checkpoint, the folder is compared with them before it appears (verify.py). Exit status:
+0 the folder is complete, 1 it does not give the reference's numbers, 2 it cannot be made; with 1 and 2 it is not there.
 """
 
 import argparse
@@ -20,8 +21,16 @@ import torch
 from conversion.deepmind_config import WIRINGS, config_from_deepmind
 from conversion.haiku_names import ConversionError, convert_params
 from conversion.inspect import RELEASED, which_released
-from conversion.repository import Provenance, check_options, check_output, sha256_of, write_repository
+from conversion.repository import (
+    Provenance,
+    check_options,
+    check_output,
+    make_processors,
+    sha256_of,
+    write_repository,
+)
 from conversion.unpickle import HaikuCheckpoint, describe, load_haiku_checkpoint
+from conversion.verify import TOLERANCE, described, load_reference, verify
 from hf_perceiver import (
     PerceiverIOConfig,
     PerceiverIOForImageClassification,
@@ -56,6 +65,14 @@ MEASURED = (
     "On a small model of this kind with random weights, DeepMind's own code and this conversion differ by a relative L2 of "
     "{} in the output and {} in the latents (float32, CPU). For this file itself nothing was measured."
 )
+VERIFIED = (
+    "Measured on this file, in float32 on a CPU, against DeepMind's own results for it (`{}`), by `conversion.verify` with "
+    "`--tolerance {:g}`:\n\n```\n{}\n```"
+)
+
+
+class NotVerifiedError(Exception):
+    """The converted model does not give the reference's numbers; the text is the whole comparison."""
 
 
 def make_config(
@@ -142,8 +159,34 @@ def _on_meta(model_class: Any, config: PerceiverIOConfig) -> Any:
         return model_class(config)
 
 
+def check_reference(reference: Path | None, tolerance: float | None) -> None:
+    """Raise ValueError or OSError, before long work, for what no comparison can be made with."""
+    if reference is None:
+        if tolerance is not None:
+            raise ValueError("--tolerance is about the comparison with a --reference; give that too")
+        return
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(f"--tolerance {tolerance} must lie between 0 and 1, for instance {TOLERANCE}")
+    load_reference(reference)
+
+
+def measure(folder: Path, reference: Path, tolerance: float) -> str:
+    """What a card says about the parity of a folder.
+
+    Raises NotVerifiedError where a stage is above its bound, ValueError where the comparison cannot be made.
+    """
+    try:
+        report = verify(folder, reference, tolerance)
+    except Exception as error:
+        # Anything may go wrong in a model that the file does not belong to.
+        raise ValueError(f"it cannot be compared with {reference.name}: {error or type(error).__name__}") from error
+    if not report.holds:
+        raise NotVerifiedError(described(report))
+    return VERIFIED.format(reference.name, tolerance, described(report))
+
+
 def convert(given: argparse.Namespace, command: str) -> None:
-    """What the command does. Raises ValueError or OSError; nothing is written then."""
+    """What the command does. Raises ValueError, OSError or NotVerifiedError; nothing is written then."""
     check_output(given.output)
     target = {"push_to_hub": given.push_to_hub, "private": given.private}
     check_options(task=given.model, dtype=given.dtype, max_shard_size=given.max_shard_size, **target)
@@ -151,6 +194,8 @@ def convert(given: argparse.Namespace, command: str) -> None:
         raise ValueError(
             f"--image-size {given.image_size[0]} {given.image_size[1]} must be a height and a width from 1"
         )
+    reference, tolerance = given.reference, TOLERANCE if given.tolerance is None else given.tolerance
+    check_reference(reference, given.tolerance)
     arguments = None if given.deepmind_config is None else read_arguments(given.deepmind_config)
     _say(f"reading {given.checkpoint.name}")
     checkpoint = load_haiku_checkpoint(given.checkpoint)
@@ -177,9 +222,14 @@ def convert(given: argparse.Namespace, command: str) -> None:
         provenance=provenance,
         dtype=given.dtype,
         max_shard_size=given.max_shard_size,
+        processors=make_processors(model.config, given.model, arguments),
+        measure=None if reference is None else lambda folder: measure(folder, reference, tolerance),
         **target,
     )
-    _say(f"wrote {given.output}; compare it: python -m conversion.verify {given.output} --reference FILE.npz")
+    if reference is not None:
+        _say(f"wrote {given.output}, which gives the numbers of {reference.name}")
+    else:
+        _say(f"wrote {given.output}; compare it: python -m conversion.verify {given.output} --reference FILE.npz")
 
 
 def _hint(model: str, entries: list[Any], has_config: bool) -> str:
@@ -212,7 +262,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m conversion.convert_haiku",
         description="Convert one of DeepMind's checkpoints to a Hub folder with safetensors. Nothing in the file is run.",
-        epilog="Exit status: 0 the folder is complete, 2 it was not written.",
+        epilog="Exit status: 0 the folder is complete, 1 it does not give the reference's numbers, 2 it cannot be made; "
+        "with 1 and 2 it is not there.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="the pickle (.pystate, .pickle)")
     parser.add_argument(
@@ -237,6 +288,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", metavar="DIR", type=Path, required=True, help="folder to be written; new or empty, else refused"
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="FILE.npz",
+        type=Path,
+        help="results of the original for this checkpoint, as conversion.verify takes them: the folder appears only if it "
+        "gives these numbers, and its card says them",
+    )
+    parser.add_argument(
+        "--tolerance", type=float, help=f"of that comparison, relative L2 of every stage (default: {TOLERANCE:g})"
     )
     parser.add_argument(
         "--dtype",
@@ -264,6 +325,10 @@ def command_line(given: argparse.Namespace) -> str:
     words += ["--output", given.output.resolve().name]
     if given.dtype != "float32":
         words += ["--dtype", given.dtype]
+    if given.reference is not None:
+        words += ["--reference", given.reference.name]
+    if given.tolerance is not None:
+        words += ["--tolerance", f"{given.tolerance:g}"]
     return " ".join(words)
 
 
@@ -274,6 +339,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 2
+    except NotVerifiedError as error:
+        refused = f"error: {given.output} was not written: it does not give the numbers of {given.reference.name}"
+        print(f"{error}\n{refused}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

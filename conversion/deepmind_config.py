@@ -113,7 +113,7 @@ IMAGENET = {
     "decoder": None,
     "projection_decoder": None,
 }
-# The scale factor turns the output into pixels, outside the model.
+# The scale factor turns the output into pixels, outside the model; its loss and the processor know it.
 OPTICAL_FLOW = {
     "train_size": REQUIRED,
     "flow_scale_factor": 20,
@@ -225,7 +225,11 @@ def _optical_flow(config: Arguments, size: Dims | None, channels: int, trained: 
             "prep_type='patches' with temporal_downsample=2"
         )
     preprocessor, _ = _image_preprocessor(reading, frames, 9 * channels, trained)
-    read_out = {"num_outputs": decoder["output_num_channels"], "rescale_factor": decoder["rescale_factor"]}
+    read_out = {
+        "num_outputs": decoder["output_num_channels"],
+        "rescale_factor": decoder["rescale_factor"],
+        "scale_factor": given["flow_scale_factor"],
+    }
     return {
         **_encoder(given["encoder"]),
         **_decoder(decoder),

@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import hf_perceiver
-from hf_perceiver import PerceiverIOConfig
+from hf_perceiver import PerceiverIOConfig, PerceiverIOForImageClassification
 from hf_perceiver.builtin import export_builtin
 from hf_perceiver.modeling_perceiver_io import PerceiverIOPreTrainedModel
 from hf_perceiver.tokenization_perceiver_io import VOCAB_SIZE
@@ -28,7 +28,7 @@ from .repository import check_output, trained_positions
 def export(source: str, output: str | Path) -> None:
     """What the command does. Raises ValueError (CheckpointError for contents) and OSError; `output` is then as it was.
 
-    Beside config and weights it writes transformers' tokenizer, for a model of bytes, and the image processor of SOURCE.
+    Beside config and weights it writes transformers' tokenizer, for a model of bytes, and an image classifier's processor.
     """
     target = check_output(output)
     found = find_source(source)
@@ -45,7 +45,8 @@ def export(source: str, output: str | Path) -> None:
         with tqdm(total=1, desc="writing", unit="model") as progress:
             export_builtin(model, draft)
             processor = find_file(found.name, found.folder, found.is_hub_id, PROCESSOR)
-            if processor is not None:
+            # transformers has an image processor for these alone; that of optical flow is this package's.
+            if processor is not None and isinstance(model, PerceiverIOForImageClassification):
                 shutil.copyfile(processor, draft / PROCESSOR)
             if model.config.preprocessor["kind"] == "text" and model.config.vocab_size == VOCAB_SIZE:
                 from transformers import PerceiverTokenizer

@@ -9,16 +9,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from hf_perceiver import PerceiverIOTokenizer, save_with_code
+from hf_perceiver import PerceiverIOFlowImageProcessor, PerceiverIOModel, PerceiverIOTokenizer, save_with_code
+from hf_perceiver.feature_extraction_perceiver_io import PerceiverIOFeatureExtractor
+from hf_perceiver.processing_perceiver_io import PerceiverIOProcessor
 from hf_perceiver.tokenization_perceiver_io import VOCAB_SIZE
+from hf_perceiver.video_processing_perceiver_io import PerceiverIOVideoProcessor
 
 LABELS = Path(__file__).parent / "labels"
 CHUNK = 1 << 22
@@ -28,13 +31,17 @@ ORIGINS = ("deepmind", "transformers")
 
 @dataclass(frozen=True)
 class Task:
-    """What a card says about one of the models, and the labels it was trained with where it has that many."""
+    """What a card says about one of the models, and the labels it was trained with where it has that many.
+
+    pipeline: a task of this package, and a line of code that uses it.
+    """
 
     title: str
     auto_class: str
     tag: str | None = None
     labels: str | None = None
     image: bool = False
+    pipeline: tuple[str, str] | None = None
 
 
 def _image_classifier(how: str) -> Task:
@@ -47,8 +54,17 @@ TASKS = {
     "imagenet-learned": _image_classifier("learned positions"),
     "imagenet-fourier": _image_classifier("Fourier positions"),
     "imagenet-conv": _image_classifier("convolutional stem"),
-    "optical-flow": Task("optical flow between two frames", "AutoModelForImageToImage"),
-    "multimodal": Task("video, audio and label autoencoder", "AutoModelForPreTraining", labels="kinetics700"),
+    "optical-flow": Task(
+        "optical flow between two frames",
+        "AutoModelForImageToImage",
+        pipeline=("optical-flow", 'flow = pipe((frame, next_frame))["flow"]  # (H, W, 2) in pixels, x then y'),
+    ),
+    "multimodal": Task(
+        "video, audio and label autoencoder",
+        "AutoModelForPreTraining",
+        labels="kinetics700",
+        pipeline=("multimodal-autoencoding", 'result = pipe("clip.mp4", output_file="reconstruction.mp4")'),
+    ),
     "dense": Task("dense prediction", "AutoModel"),
     # Not among DeepMind's released models; transformers has them.
     "sequence-classification": Task(
@@ -89,11 +105,13 @@ def write_repository(
     push_to_hub: str | None = None,
     private: bool = False,
     processors: Sequence[Any] | None = None,
+    measure: Callable[[Path], str] | None = None,
 ) -> None:
     """Write a head, or a PerceiverIOModel, as a Hub repository that loads with this package and without it.
 
-    The model itself is cast to `dtype` and given the task's labels, where it has none of its own. processors: tokenizer
-    or image processor to save instead of the task's own. The folder is built under a hidden name beside `output`,
+    The model itself is cast to `dtype` and given the task's labels, where it has none of its own. processors: to save
+    instead of the task's own. measure: is given the folder, complete but for its card, and returns what that says about
+    parity; where it raises, nothing is written. The folder is built under a hidden name beside `output`,
     `.NAME.PID.tmp`, and renamed when it is complete; only a kill leaves that behind.
     Raises ValueError for arguments that it cannot use, before anything is written, OSError for what the disk refuses,
     and PushError where only the push failed.
@@ -109,11 +127,14 @@ def write_repository(
     draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        with tqdm(total=3, desc="casting", unit="step") as progress:
+        with tqdm(total=3 if measure is None else 4, desc="casting", unit="step") as progress:
             model.to(getattr(torch, dtype))
             model.config.dtype = getattr(torch, dtype)
             _step(progress, "writing weights")
             save_with_code(model, draft, processors=processors, max_shard_size=max_shard_size)
+            if measure is not None:
+                _step(progress, "verifying")
+                provenance = replace(provenance, parity=measure(draft))
             _step(progress, "writing the card")
             card = model_card(model, draft, task=task, provenance=provenance, repo_id=push_to_hub or output.name)
             (draft / "README.md").write_text(card, encoding="utf-8")
@@ -222,41 +243,119 @@ def set_labels(config: Any, task: str) -> None:
     config.label2id = {name: i for i, name in reversed(list(enumerate(names)))}
 
 
-def make_processors(config: Any, task: str) -> list[Any]:
-    """What turns files into the model's inputs: a tokenizer, an image processor, or nothing yet."""
-    if config.preprocessor["kind"] == "text":
+def make_processors(config: Any, task: str, deepmind: Mapping[str, Any] | None = None) -> list[Any]:
+    """What turns files into the model's inputs: one processor, or none where the config does not say enough.
+
+    deepmind: the original constructors' arguments, where they are known; their sizes go before those of the positions.
+    """
+    kind, deepmind = config.preprocessor["kind"], deepmind or {}
+    if kind == "text":
         if config.vocab_size != VOCAB_SIZE:
             return []  # words or pieces of another tokenizer
         length = trained_positions(config)
         return [PerceiverIOTokenizer() if length is None else PerceiverIOTokenizer(model_max_length=length)]
-    if not TASKS[task].image:
-        return []
+    if TASKS[task].image:
+        return _image_processors(config)
+    if task == "optical-flow" and kind == "grid":
+        return _flow_processors(config, deepmind)
+    if task == "multimodal" and kind == "multimodal":
+        return _clip_processors(config, deepmind)
+    return []
+
+
+def _image_processors(config: Any) -> list[Any]:
     from transformers import PerceiverImageProcessorPil
 
-    height, width = input_size(config) or (224, 224)
+    height, width = input_size(config.preprocessor) or (224, 224)
     # DeepMind crops 224/256 of the shorter side before it resizes; the processor takes the quotient of the two sizes.
     crop = {"height": round(height * 256 / 224), "width": round(width * 256 / 224)}
     return [PerceiverImageProcessorPil(size={"height": height, "width": width}, crop_size=crop)]
 
 
+def _flow_processors(config: Any, deepmind: Mapping[str, Any]) -> list[Any]:
+    patch_size = {27: 3, 3: 1}.get(config.preprocessor["stem"].get("in_channels", 3))
+    size = deepmind.get("train_size") or input_size(config.preprocessor)
+    if patch_size is None or size is None:
+        return []
+    tile = {"height": int(size[0]), "width": int(size[1])}
+    # The notebook's 20 pixels; of tiles that are not much larger, half.
+    overlap = min(20, min(tile.values()) // 2)
+    factor = (config.postprocessor or {}).get("scale_factor", 20.0)
+    return [
+        PerceiverIOFlowImageProcessor(
+            tile_size=tile, min_overlap=overlap, patch_size=patch_size, flow_scale_factor=factor
+        )
+    ]
+
+
+def _clip_processors(config: Any, deepmind: Mapping[str, Any]) -> list[Any]:
+    modalities = config.preprocessor["modalities"]
+    image, audio, label = (modalities.get(name) for name in ("image", "audio", "label"))
+    if image is None or audio is None or set(modalities) - {"image", "audio", "label"}:
+        return []
+    size, num_frames = input_size(image), deepmind.get("num_frames") or _num_frames(image)
+    per_frame = deepmind.get("audio_samples_per_frame")
+    num_samples = num_frames * per_frame if per_frame and num_frames else _num_samples(audio)
+    if size is None or num_frames is None or num_samples is None:
+        return []
+    # As the notebook's clips: 25 frames a second, exactly so where that makes a whole number of samples.
+    rate = max(round(25 * num_samples / num_frames), 1)
+    return [
+        PerceiverIOProcessor(
+            PerceiverIOVideoProcessor(
+                size={"height": size[0], "width": size[1]},
+                num_frames=num_frames,
+                frames_per_second=rate * num_frames / num_samples,
+            ),
+            PerceiverIOFeatureExtractor(num_samples=num_samples, sampling_rate=rate),
+            num_labels=None if label is None else label["channels"],
+        )
+    ]
+
+
 def trained_positions(config: Any) -> int | None:
     """How many tokens a text model has positions for, None where they are computed."""
-    position = config.preprocessor.get("position") or {}
-    return (position.get("position") or position).get("num_positions")
+    return _innermost(config.preprocessor).get("num_positions")
 
 
-def input_size(config: Any) -> tuple[int, int] | None:
-    """Height and width of the images that an image model was made for, None if its config does not say."""
-    position = config.preprocessor.get("position") or {}
-    position = position.get("position") or position
-    grid = position.get("grid") or position.get("max_resolution")
-    if not grid or len(grid) < 2:
+def input_size(grid: Any) -> tuple[int, int] | None:
+    """Height and width of the images that a preprocessor of kind "grid" was made for, None if it does not say."""
+    points = _grid(grid)
+    if points is None or len(points) < 2:
         return None
-    stem = config.preprocessor.get("stem") or {}
-    stride = stem.get("spatial_downsample", 1)
-    if stem.get("kind") == "conv":
-        stride = 4 ** stem.get("num_layers", 1)
-    return grid[-2] * stride, grid[-1] * stride
+    stem = grid["stem"]
+    stride = 4 ** stem.get("num_layers", 1) if stem["kind"] == "conv" else stem.get("spatial_downsample", 1)
+    return points[-2] * stride, points[-1] * stride
+
+
+def _num_frames(grid: Any) -> int | None:
+    """Of the videos that it was made for; their frames may be merged into one image."""
+    points = _grid(grid)
+    merged = grid["stem"].get("temporal_downsample", 1)
+    if points is not None and len(points) == 2:
+        return merged
+    return None if points is None or len(points) != 3 else points[0] * merged
+
+
+def _num_samples(grid: Any) -> int | None:
+    """Of the sound that it was made for; DeepMind's highest band is that of the samples, not of their patches."""
+    position = _innermost(grid)
+    if "num_positions" in position:
+        return position["num_positions"] * grid["stem"]["samples_per_patch"]
+    return (position.get("max_resolution") or [None])[0]
+
+
+def _grid(grid: Any) -> list[int] | None:
+    position = _innermost(grid)
+    return position.get("grid") or position.get("max_resolution")
+
+
+def _innermost(spec: Any) -> Mapping[str, Any]:
+    """The position encoding of a preprocessor, without the projections around it."""
+    position = spec.get("position") or {}
+    while position.get("position"):
+        position = position["position"]
+    return position
 
 
 # The model card
@@ -307,7 +406,7 @@ def model_card(model: Any, folder: Path, *, task: str, provenance: Provenance, r
         f"{config.num_blocks} block(s) of {config.num_self_attends_per_block} self-attends, "
         f"{config.num_self_attention_heads} heads",
     ]
-    if about.image and (size := input_size(config)):
+    if about.image and (size := input_size(config.preprocessor)):
         sizes.append(f"images of {size[0]}x{size[1]} pixels")
     if config.preprocessor["kind"] == "text":
         sizes.append(f"{config.vocab_size} token ids, {trained_positions(config) or 'any number of'} positions")
@@ -320,31 +419,44 @@ def model_card(model: Any, folder: Path, *, task: str, provenance: Provenance, r
         f"# {repo_id.rsplit('/', 1)[-1]}\n\nPerceiver IO, {about.title}: {origin} `{provenance.source}`, as safetensors for "
         "hf-perceiver.",
         "\n".join(f"- {line}" for line in sizes),
-        _usage(config, folder, about, repo_id),
+        _usage(model, folder, about, repo_id),
         f"## Where it comes from\n\n- source: `{provenance.source}`, {digest}\n- command: `{provenance.command}`\n"
         f"- weights: {has_weights}" + "".join(f"\n- {note}" for note in provenance.notes),
         "## Parity\n\n"
-        f"{parity} To measure it yourself, with reference outputs of the original for this checkpoint (arrays as in the\n"
-        "project's `tests/reference`), run in a checkout of the project:\n\n"
+        f"{parity}\n\n"
+        "To measure it yourself, with reference outputs of the original for this checkpoint (arrays as in the project's\n"
+        "`tests/reference`), run in a checkout of the project:\n\n"
         "```\npython -m conversion.verify DIR --reference FILE.npz\n```",
         f"## Licence\n\n{_LICENCE[provenance.origin]}\n\n{_CODE_LICENCE}\n\n{_CITATION}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _usage(config: Any, folder: Path, about: Task, repo_id: str) -> str:
-    imports, lines = [about.auto_class], [f'model = {about.auto_class}.from_pretrained("{repo_id}")']
-    missing = ""
-    if (folder / "tokenizer_config.json").is_file():
-        imports.append("AutoTokenizer")
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")')
-    elif (folder / "preprocessor_config.json").is_file():
-        imports.append("AutoImageProcessor")
-        lines.append(f'processor = AutoImageProcessor.from_pretrained("{repo_id}")')
-    elif config.preprocessor["kind"] == "text":
-        missing = "\n\nNo tokenizer is included: the vocabulary is not that of UTF-8 bytes."
+# File of a processor -> how it is loaded, and its name in the code.
+_PROCESSORS = {
+    "tokenizer_config.json": ("AutoTokenizer", "tokenizer"),
+    "processor_config.json": ("AutoProcessor", "processor"),
+    "preprocessor_config.json": ("AutoImageProcessor", "processor"),
+}
+
+
+def _usage(model: Any, folder: Path, about: Task, repo_id: str) -> str:
+    auto_class = "AutoModel" if isinstance(model, PerceiverIOModel) else about.auto_class
+    imports, lines = [auto_class], [f'model = {auto_class}.from_pretrained("{repo_id}")']
+    found = next((how for file, how in _PROCESSORS.items() if (folder / file).is_file()), None)
+    more = ""
+    if found is not None:
+        imports.append(found[0])
+        lines.append(f'{found[1]} = {found[0]}.from_pretrained("{repo_id}")')
+    elif model.config.preprocessor["kind"] == "text":
+        more = "\n\nNo tokenizer is included: the vocabulary is not that of UTF-8 bytes."
     else:
-        missing = "\n\nNo processor is included: for this task there is none yet, the model takes tensors."
+        more = "\n\nNo processor is included: the model takes tensors."
+    if found is not None and about.pipeline is not None and auto_class == about.auto_class:
+        task, line = about.pipeline
+        imports.append("pipeline")
+        lines += ["", f'pipe = pipeline("{task}", model="{repo_id}")', line]
+        more = " The pipeline is not, it needs the package."
     code = "\n".join(
         [
             f"from transformers import {', '.join(sorted(imports))}",
@@ -355,7 +467,7 @@ def _usage(config: Any, folder: Path, about: Task, repo_id: str) -> str:
     )
     return (
         f"## Use\n\n```python\n{code}\n```\n\nWithout the package, leave out its import and add "
-        f"`trust_remote_code=True`: the code is included.{missing}"
+        f"`trust_remote_code=True`: the code is included.{more}"
     )
 
 

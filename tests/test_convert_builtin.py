@@ -11,17 +11,34 @@ import sys
 from pathlib import Path
 
 import hub_standin
+import numpy as np
 import pytest
 import torch
 import transformers
-from builtin_models import CASES, NAMES, assert_same_outputs, builtin_case, builtin_outputs
+from builtin_models import (
+    CASES,
+    NAMES,
+    assert_same_outputs,
+    builtin_case,
+    builtin_outputs,
+    relative_l2,
+    released_config,
+)
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoTokenizer, PerceiverImageProcessorPil, PerceiverTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PerceiverImageProcessorPil,
+    PerceiverTokenizer,
+    pipeline,
+)
 
 import hf_perceiver
 from conversion import convert_builtin, export_builtin
 from conversion.convert_builtin import described
-from conversion.repository import sha256_of
+from conversion.repository import make_processors, sha256_of
+from hf_perceiver.checkpoint_names import builtin_to_config
 
 ROOT = Path(__file__).parent.parent
 CONV = "PerceiverForImageClassificationConvProcessing"
@@ -134,6 +151,57 @@ def test_an_image_processor_of_its_own_stays(tmp_path):
     for folder in ("ours", "back"):
         loaded = AutoImageProcessor.from_pretrained(tmp_path / folder)
         assert loaded.size["width"] == 40 and list(loaded.image_mean) == [0.1, 0.2, 0.3]
+
+
+FLOW, CLIPS = "PerceiverForOpticalFlow", "PerceiverForMultimodalAutoencoding"
+
+
+def test_frames_through_a_flow_folder_give_the_builtins_flow(tmp_path):
+    theirs = builtin_case(FLOW).model()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = converted(tmp_path / "theirs", tmp_path / "ours")
+    frames = np.random.default_rng(0).integers(0, 256, (2, 6, 10, 3), dtype=np.uint8)
+    processor = AutoImageProcessor.from_pretrained(ours)
+    assert processor.tile_size == {"height": 6, "width": 10}, "the built-in's train_size"
+    with torch.no_grad():
+        expected = theirs(inputs=processor(frames, return_tensors="pt").pixel_values.double()).logits[0]
+    flow = pipeline("optical-flow", model=str(ours))(tuple(frames))["flow"]
+    assert relative_l2(torch.from_numpy(flow).double(), 20 * expected) <= 1e-6  # the processor's flow is float32
+
+
+def test_clips_through_a_multimodal_folder_give_the_builtins_reconstruction(tmp_path):
+    case = builtin_case(CLIPS)
+    theirs = case.model()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = converted(tmp_path / "theirs", tmp_path / "ours")
+    processor = AutoProcessor.from_pretrained(ours)
+    assert (processor.image_processor.num_frames, processor.feature_extractor.num_samples) == (2, 64)
+    assert processor.image_processor.size == {"height": 16, "width": 16} and processor.num_labels == 5
+    rng = np.random.default_rng(0)
+    made = processor(rng.random((2, 16, 16, 3)), rng.uniform(-1, 1, 64), sampling_rate=800).to(torch.float64)
+    model = case.ours.from_pretrained(ours).eval()
+    with torch.no_grad():
+        outputs = model(**made, output_points=case.points)
+        assert_same_outputs(outputs, *builtin_outputs(theirs, {**made, "subsampled_output_points": case.points}))
+
+
+def test_the_published_sizes_get_the_processors_of_deepminds_models():
+    """Configurations alone; the published weights were never fetched."""
+    for name, task, recipe in (
+        (FLOW, "optical-flow", hf_perceiver.recipes.optical_flow()),
+        (CLIPS, "multimodal", hf_perceiver.recipes.multimodal_autoencoder()),
+    ):
+        config = hf_perceiver.PerceiverIOConfig(**builtin_to_config(released_config(name).to_dict()))
+        (made,), (expected,) = make_processors(config, task), make_processors(recipe, task)
+        assert made.to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize("name", [FLOW, CLIPS])
+def test_processors_that_transformers_does_not_have_stay_behind(name, tmp_path):
+    ours = converted(saved(name, tmp_path / "theirs"), tmp_path / "ours")
+    assert any(path.name.endswith("processor_config.json") for path in ours.iterdir())
+    assert run(export_builtin, ours, "--output", tmp_path / "back") == 0
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_names_of_labels_stay(tmp_path):
@@ -336,7 +404,8 @@ def test_the_commands_run_as_modules_and_take_hub_ids(tmp_path):
     """From a Hub id of the stand-in (hub_standin.py), to the stand-in, and back; no real Hub. Four processes."""
     theirs = saved(TEXT, tmp_path / "theirs", vocab_size=262)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHON", "TRANSFORMERS_"))}
-    env |= {"HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "none", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    env |= {"HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "none"}
+    env |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     with hub_standin.HubStandIn() as hub:

@@ -10,18 +10,28 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from parity.deepmind import MODELS, PARITY
+from parity.deepmind import MODELS, PARITY, relative
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageToImage,
+    AutoModelForPreTraining,
+    AutoProcessor,
+    pipeline,
+)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from conversion import convert_haiku, verify
+from conversion import convert_haiku, repository, verify
 from conversion.dump_reference import draw_inputs, draw_weights
+from hf_perceiver import PerceiverIOFlowImageProcessor
 
 ROOT = Path(__file__).parent.parent
 CONVERT = [sys.executable, "-m", "conversion.convert_haiku"]
@@ -99,6 +109,186 @@ def test_both_commands_run_as_the_readme_writes_them(tmp_path):
     assert "every stage is within its bound" in compared.stdout
 
 
+# --- from frames and sound to DeepMind's numbers, through what the folder holds
+
+TOLERANCE = 1e-5  # relative L2, the issue's; positions of these small grids are rounded by far less
+
+
+@pytest.fixture(scope="module")
+def stored() -> Callable[[str], dict[str, np.ndarray]]:
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(PARITY / f"{name}_a.npz") as arrays:
+            return dict(arrays.items())
+
+    return load
+
+
+def assert_close(got: Any, want: np.ndarray) -> None:
+    assert relative(torch.as_tensor(got).reshape(want.shape), torch.as_tensor(want)) <= TOLERANCE
+
+
+def test_frames_through_a_flow_folder_give_deepminds_flow(tmp_path, stored):
+    assert small("optical_flow", tmp_path / "out") == 0
+    expected = stored("optical_flow")
+    # The reference's frames are in [-1, 1], a processor's in [0, 1]; its flow is in pixels.
+    pairs = (expected["images"] + 1) / 2
+    pipe = pipeline("optical-flow", model=str(tmp_path / "out"))
+    assert type(pipe.image_processor) is PerceiverIOFlowImageProcessor
+    assert_close(np.stack([pipe(tuple(pair))["flow"] for pair in pairs]), expected["outputs"])
+
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    model = AutoModelForImageToImage.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        flows = processor.post_process_optical_flow(model(**processor(pairs, return_tensors="pt")))
+    assert_close(torch.stack(flows), expected["outputs"])
+
+
+def test_clips_through_a_multimodal_folder_give_deepminds_reconstruction(tmp_path, stored):
+    assert small("multimodal", tmp_path / "out") == 0
+    expected = stored("multimodal")
+    points = {name: torch.from_numpy(expected[f"subsample_{name}"]) for name in ("image", "audio")}
+    pipe = pipeline("multimodal-autoencoding", model=str(tmp_path / "out"))
+    for index, (frames, sound) in enumerate(zip(expected["images"], expected["audio"], strict=True)):
+        clip = {"frames": frames, "sound": sound, "sampling_rate": 800}  # 32 samples for each of 25 frames
+        result = pipe(clip, output_points=points, outputs=["label"])
+        for name in points:
+            assert_close(result[name][0], expected[f"outputs_{name}"][index])
+        scores = torch.from_numpy(expected["outputs_label"][index]).softmax(-1)
+        assert result["label"][0]["score"] == pytest.approx(float(scores.max()), rel=1e-4)
+        assert result["label"][0]["label"] == f"LABEL_{int(scores.argmax())}"
+
+    # All examples at once; the original reads any label as its mask token.
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "out")
+    made = processor(list(expected["images"]), list(expected["audio"]), [3, 12], sampling_rate=800)
+    with torch.no_grad():
+        logits = model(**made, output_points={**points, "label": None}).logits
+    for name in logits:
+        assert_close(logits[name], expected[f"outputs_{name}"])
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["hf_perceiver"] = None  # importing it fails, wherever it is installed
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageToImage, AutoModelForPreTraining, AutoProcessor
+
+
+def assert_close(got, want):
+    want = torch.from_numpy(want)
+    got = got.reshape(want.shape)
+    assert float((got - want).norm() / want.norm()) <= 1e-5
+
+
+trust = {"trust_remote_code": True}
+flow = dict(np.load(sys.argv[1] + "/optical_flow_a.npz"))
+clips = dict(np.load(sys.argv[1] + "/multimodal_a.npz"))
+for source in ("./{}", "./{}_again"):
+    folder = source.format("flow")
+    processor = AutoImageProcessor.from_pretrained(folder, **trust)
+    model = AutoModelForImageToImage.from_pretrained(folder, **trust)
+    with torch.no_grad():
+        outputs = model(**processor((flow["images"] + 1) / 2, return_tensors="pt"))
+    assert_close(torch.stack(processor.post_process_optical_flow(outputs)), flow["outputs"])
+    for part in (model, processor):
+        assert type(part).__module__.startswith("transformers_modules.")
+        part.save_pretrained("flow_again")  # with its code
+
+    folder = source.format("clips")
+    processor = AutoProcessor.from_pretrained(folder, **trust)
+    model = AutoModelForPreTraining.from_pretrained(folder, **trust)
+    made = processor(list(clips["images"]), list(clips["audio"]), sampling_rate=800)
+    points = {name: torch.from_numpy(clips["subsample_" + name]) for name in ("image", "audio")}
+    with torch.no_grad():
+        logits = model(**made, output_points={**points, "label": None}).logits
+    for name in logits:
+        assert_close(logits[name], clips["outputs_" + name])
+    for part in (model, processor):
+        assert type(part).__module__.startswith("transformers_modules.")
+        part.save_pretrained("clips_again")
+    for part in (processor.image_processor, processor.feature_extractor):
+        assert type(part).__module__.startswith("transformers_modules.")
+"""
+
+
+@pytest.mark.medium
+def test_models_and_processors_of_the_folders_run_without_the_package(tmp_path):
+    assert small("optical_flow", tmp_path / "flow") == 0 and small("multimodal", tmp_path / "clips") == 0
+    env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, PARITY],
+        cwd=tmp_path,
+        env={**env, "HF_HOME": str(tmp_path / "cache")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# --- compared before it is published
+
+
+def test_with_a_reference_the_card_says_the_numbers_of_this_file(tmp_path, capsys):
+    reference = ("--reference", str(PARITY / "optical_flow_a.npz"))
+    assert small("optical_flow", tmp_path / "out", *reference) == 0
+    assert "which gives the numbers of optical_flow_a.npz" in capsys.readouterr().err
+    card = (tmp_path / "out" / "README.md").read_text()
+    report = verify.verify(tmp_path / "out", PARITY / "optical_flow_a.npz")
+    assert verify.described(report) in card, "as the folder is measured now"
+    assert "Measured on this file" in card and "`--tolerance 1e-05`" in card and "nothing was measured" not in card
+    assert "--reference optical_flow_a.npz" in card and str(PARITY) not in card and str(tmp_path) not in card
+
+
+def test_without_a_reference_the_card_says_what_was_measured_on_which_weights(tmp_path):
+    assert small("optical_flow", tmp_path / "out") == 0
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert "On a small model of this kind with random weights" in card and "For this file itself nothing was" in card
+
+
+def test_a_file_that_does_not_give_the_references_numbers_is_not_published(tmp_path, capsys, monkeypatch):
+    def change(params: Any) -> None:
+        params["perceiver_encoder/~/cross_attention/attention/linear_2"]["w"][0, 0] += 0.1
+
+    checkpoint = bare_checkpoint(tmp_path, change)
+    monkeypatch.setattr(repository, "push", lambda *args, **kwargs: pytest.fail("pushed"))
+    options = ["--reference", str(PARITY / "masked_lm_a.npz"), "--push-to-hub", "me/mine"]
+    assert convert(checkpoint, "masked-lm", tmp_path / "out", *options, config=PARITY / "masked_lm_a.json") == 1
+    said = capsys.readouterr().err
+    assert "after the read" in said and "above its bound: after the read;" in said and "Traceback" not in said
+    assert "out was not written: it does not give the numbers of masked_lm_a.npz" in said
+    assert left_in(tmp_path) == [checkpoint.name]
+
+
+def test_rounded_weights_need_a_tolerance_of_their_own(tmp_path):
+    # bfloat16 keeps 8 bits: 2e-3 of a weight, and as much again in each layer.
+    options = ("--dtype", "bfloat16", "--reference", str(PARITY / "masked_lm_a.npz"))
+    assert small("masked_lm", tmp_path / "out", *options) == 1
+    assert small("masked_lm", tmp_path / "out", *options, "--tolerance", "0.03") == 0
+    assert "--tolerance 0.03" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--tolerance", "1e-4"], "--tolerance is about the comparison with a --reference"),
+        (["--reference", "masked_lm", "--tolerance", "2"], "--tolerance 2.0 must lie between 0 and 1"),
+        (["--reference", "absent"], "No such file"),
+    ],
+)
+def test_what_cannot_be_compared_with_is_refused_before_anything_is_read(options, told, tmp_path, capsys):
+    given = [str(PARITY / f"{word}_a.npz") if word in ("masked_lm", "absent") else word for word in options]
+    assert convert(tmp_path / "does_not_exist.pystate", "masked-lm", tmp_path / "out", *given) == 2
+    said = capsys.readouterr().err
+    assert told in said and "does_not_exist" not in said and left_in(tmp_path) == []
+
+
+def test_another_models_reference_is_refused(tmp_path, capsys):
+    assert small("masked_lm", tmp_path / "out", "--reference", str(PARITY / "optical_flow_a.npz")) == 2
+    assert "cannot be compared with optical_flow_a.npz" in capsys.readouterr().err and left_in(tmp_path) == []
+
+
 # --- configurations
 
 
@@ -107,6 +297,17 @@ def test_bare_arguments_and_a_whole_description_are_the_same_config(tmp_path):
     (tmp_path / "bare.json").write_text(json.dumps(described["config"]))
     assert convert_haiku.read_arguments(tmp_path / "bare.json") == described["config"]
     assert convert_haiku.read_arguments(PARITY / "optical_flow_a.json") == described["config"]
+
+
+def test_deepminds_flow_scale_and_training_size_reach_model_and_processor(tmp_path):
+    described = json.loads((PARITY / "optical_flow_a.json").read_text())["config"]
+    changed = {**described, "flow_scale_factor": 10, "train_size": [48, 64]}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    pickle_file, config = PARITY / "optical_flow_a.pystate", tmp_path / "config.json"
+    assert convert(pickle_file, "optical-flow", tmp_path / "out", config=config) == 0
+    pipe = pipeline("optical-flow", model=str(tmp_path / "out"))  # refuses two that disagree
+    assert pipe.model.config.postprocessor["scale_factor"] == pipe.image_processor.flow_scale_factor == 10
+    assert pipe.image_processor.tile_size == {"height": 48, "width": 64}
 
 
 def test_the_card_says_where_the_weights_come_from(tmp_path):

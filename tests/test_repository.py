@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hub_standin
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -35,7 +36,16 @@ from conversion.repository import (
     sha256_of,
     write_repository,
 )
-from hf_perceiver import PerceiverIOForImageClassification, PerceiverIOForMaskedLM, PerceiverIOModel, recipes
+from hf_perceiver import (
+    PerceiverIOConfig,
+    PerceiverIOForImageClassification,
+    PerceiverIOForMaskedLM,
+    PerceiverIOForMultimodalAutoencoding,
+    PerceiverIOForOpticalFlow,
+    PerceiverIOModel,
+    recipes,
+)
+from hf_perceiver.media_files import VideoWriter
 
 ROOT = Path(__file__).parent.parent
 DEEPMIND = Provenance("deepmind", "weights.pickle", "ab" * 32, "python -m conversion.convert_haiku weights.pickle")
@@ -122,7 +132,7 @@ def test_texts_of_bytes_get_a_tokenizer_as_long_as_the_trained_positions():
 )
 def test_the_image_size_is_that_of_the_positions_times_the_stems_stride(preprocessor, size):
     config = config_of(preprocessor=preprocessor, **CLASSES)
-    assert input_size(config) == size
+    assert input_size(preprocessor) == size
     (processor,) = make_processors(config, "imagenet-fourier")
     height, width = size or (224, 224)
     assert (processor.size["height"], processor.size["width"]) == (height, width)
@@ -130,10 +140,96 @@ def test_the_image_size_is_that_of_the_positions_times_the_stems_stride(preproce
     assert abs(processor.crop_size["height"] - height * 256 / 224) <= 0.5
 
 
-@pytest.mark.parametrize("name", ["optical_flow", "multimodal_autoencoder"])
-def test_flow_and_multimodal_get_no_processor_yet(name):
-    config = getattr(recipes, name)()
-    assert make_processors(config, name.split("_auto")[0].replace("_", "-")) == []
+@pytest.mark.parametrize(
+    ("config", "deepmind", "expected"),
+    [
+        # Tile, overlap, neighbours: DeepMind's notebook for the first two, halves of small tiles for the others.
+        (recipes.optical_flow(), {}, ((368, 496), 20, 3)),
+        (recipes.optical_flow_pixels(), {}, ((368, 496), 20, 1)),
+        (recipes.optical_flow_conv(), {}, ((368, 496), 20, 1)),  # positions of 92x124, four pixels each way
+        (tiny("flow").config, {}, ((4, 6), 2, 3)),
+        (tiny("flow").config, {"train_size": [64, 50]}, ((64, 50), 20, 3)),
+        (tiny("flow_upsampled").config, {}, ((8, 12), 4, 1)),
+    ],
+)
+def test_flow_gets_its_tiles_and_patches(config, deepmind, expected):
+    (processor,) = make_processors(config, "optical-flow", deepmind)
+    tile = (processor.tile_size["height"], processor.tile_size["width"])
+    assert (tile, processor.min_overlap, processor.patch_size) == expected
+    assert processor.flow_scale_factor == 20
+
+
+def test_the_flow_processor_agrees_with_the_models_scale():
+    config = tiny("flow").config
+    config.postprocessor = {"kind": "flow", "scale_factor": 5.0}
+    assert make_processors(config, "optical-flow")[0].flow_scale_factor == 5
+
+
+MERGED = {"kind": "patches", "in_channels": 3, "spatial_downsample": 4, "temporal_downsample": 2}
+
+
+def clip_config(image: dict | None = None, audio: dict | None = None, **modalities: dict) -> PerceiverIOConfig:
+    """The tiny autoencoder's inputs, some of them others."""
+    config = tiny("multimodal").config
+    for name, spec in {"image": image, "audio": audio, **modalities}.items():
+        if spec is not None:
+            config.preprocessor["modalities"][name] = spec
+    return config
+
+
+PATCHES = {"kind": "audio_patches", "samples_per_patch": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "deepmind", "expected"),
+    [
+        # Frames, height, width; samples, their rate; classes. 25 frames a second in DeepMind's notebook, 1,920 samples each.
+        (recipes.multimodal_autoencoder(), {}, ((16, 224, 224), (30_720, 48_000), 700)),
+        (clip_config(), {}, ((2, 4, 6), (8, 100), 5)),
+        (clip_config(), {"num_frames": 4, "audio_samples_per_frame": 8}, ((4, 4, 6), (32, 200), 5)),
+        (clip_config(image=grid(MERGED, fourier(3, 2))), {}, ((2, 12, 8), (8, 100), 5)),
+        (clip_config(image=grid(MERGED, fourier(4, 3, 2))), {}, ((8, 12, 8), (8, 25), 5)),
+        (clip_config(audio=grid(PATCHES, trainable(7, 6))), {}, ((2, 4, 6), (28, 350), 5)),
+    ],
+)
+def test_clips_get_as_many_frames_and_samples_as_the_positions_were_made_for(config, deepmind, expected):
+    (processor,) = make_processors(config, "multimodal", deepmind)
+    video, sound = processor.image_processor, processor.feature_extractor
+    sizes = (video.num_frames, video.size["height"], video.size["width"])
+    assert (sizes, (sound.num_samples, sound.sampling_rate), processor.num_labels) == expected
+    assert video.frames_per_second == 25
+
+
+def test_frames_and_samples_are_equally_long_at_any_count():
+    (processor,) = make_processors(clip_config(audio=grid(PATCHES, fourier(5))), "multimodal")
+    video, sound = processor.image_processor, processor.feature_extractor
+    assert (sound.num_samples, sound.sampling_rate) == (5, 62)  # not 62.5
+    assert video.num_frames / video.frames_per_second == pytest.approx(5 / 62, rel=1e-12)
+
+
+def test_clips_without_a_label_get_none():
+    config = clip_config()
+    del config.preprocessor["modalities"]["label"]
+    assert make_processors(config, "multimodal")[0].num_labels is None
+
+
+OPEN = {"max_resolution": None, "num_axes": 3}
+
+
+@pytest.mark.parametrize(
+    ("task", "config"),
+    [
+        ("optical-flow", tiny("flow_separate").config),  # five channels
+        ("optical-flow", config_of(preprocessor=grid({"kind": "patches", "in_channels": 27}, None), **CLASSES)),
+        ("multimodal", clip_config(image=grid(PIXELS, fourier(2, 2, 3) | OPEN))),
+        ("multimodal", clip_config(audio=grid(PATCHES, fourier(8) | {"max_resolution": None, "num_axes": 1}))),
+        ("multimodal", clip_config(depth=grid(PIXELS, fourier(2, 3)))),
+        ("dense", tiny("flow").config),
+        ("features", tiny("imagenet_conv").config),
+    ],
+)
+def test_where_the_config_does_not_say_enough_there_is_no_processor(task, config):
+    assert make_processors(config, task) == []
 
 
 # The folder
@@ -155,7 +251,7 @@ def test_an_image_folder_is_complete(tmp_path):
     model = tiny("imagenet_fourier").model(PerceiverIOForImageClassification, num_labels=1000)
     write_repository(model, tmp_path / "out", task="imagenet-fourier", provenance=DEEPMIND)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["0"] == "tench, Tinca tinca"
-    assert AutoImageProcessor.from_pretrained(tmp_path / "out").size["height"] == input_size(model.config)[0]
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 6  # of its positions
 
 
 def test_a_bare_model_is_written_too(tmp_path):
@@ -164,7 +260,15 @@ def test_a_bare_model_is_written_too(tmp_path):
     write_repository(model, tmp_path / "out", task="optical-flow", provenance=DEEPMIND)
     loaded = PerceiverIOModel.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(loaded(**case.inputs()).logits, model(**case.inputs()).logits)
-    assert "No processor is included" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModel.from_pretrained" in card and "AutoImageProcessor" in card
+    assert "pipeline" not in card, "it needs the task's head"
+
+
+def test_a_folder_without_a_processor_says_so(tmp_path):
+    write_repository(tiny("flow_separate").model(), tmp_path / "out", task="optical-flow", provenance=DEEPMIND)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "No processor is included: the model takes tensors." in card and "Processor" not in card.split("## Where")[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -230,6 +334,28 @@ def test_a_failure_leaves_nothing(failure, tmp_path, monkeypatch):
     monkeypatch.setattr(repository, "model_card", fail)
     with pytest.raises(type(failure)):
         write_repository(byte_model(), tmp_path / "out", task="masked-lm", provenance=DEEPMIND)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_measured_on_the_folder_goes_into_its_card(tmp_path):
+    def measure(folder: Path) -> str:
+        assert type(PerceiverIOForMaskedLM.from_pretrained(folder)) is PerceiverIOForMaskedLM
+        assert not (folder / "README.md").exists() and not (tmp_path / "out").exists()
+        return "Measured: 1e-7."
+
+    write_repository(byte_model(), tmp_path / "out", task="masked-lm", provenance=DEEPMIND, measure=measure)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Measured: 1e-7." in card and "Not measured" not in card
+
+
+def test_a_measurement_that_fails_leaves_and_pushes_nothing(tmp_path, monkeypatch):
+    def measure(folder: Path) -> str:
+        raise ArithmeticError("too far")
+
+    monkeypatch.setattr(repository, "push", lambda *args, **kwargs: pytest.fail("pushed"))
+    about = {"task": "masked-lm", "provenance": DEEPMIND, "push_to_hub": "me/mine"}
+    with pytest.raises(ArithmeticError):
+        write_repository(byte_model(), tmp_path / "out", measure=measure, **about)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -303,6 +429,36 @@ def test_the_card_of_transformers_checkpoints_states_both_licences(tmp_path):
     assert "say Apache-2.0; the authors' bucket" in text and "CC BY 4.0" in text
     assert "Not measured for this file." in text and "no single file" in text
     assert 'from_pretrained("me/mine")' in text
+
+
+@pytest.mark.parametrize(
+    ("task", "case", "head", "changes"),
+    [
+        ("masked-lm", "language", PerceiverIOForMaskedLM, {"vocab_size": 262}),
+        ("imagenet-conv", "imagenet_conv", PerceiverIOForImageClassification, {}),
+        ("optical-flow", "flow", PerceiverIOForOpticalFlow, {}),
+        ("multimodal", "multimodal", PerceiverIOForMultimodalAutoencoding, {}),
+        ("features", "language", PerceiverIOModel, {}),
+    ],
+)
+def test_the_cards_code_runs(task, case, head, changes, tmp_path, monkeypatch):
+    write_repository(tiny(case).model(head, **changes), tmp_path / "out", task=task, provenance=DEEPMIND)
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    frames = np.random.default_rng(0).integers(0, 256, (5, 9, 13, 3), dtype=np.uint8)
+    found = {"frame": frames[0], "next_frame": frames[1]}
+    if task == "multimodal":
+        pytest.importorskip("av")
+        with VideoWriter("clip.mp4", frames_per_second=25, sampling_rate=8000) as writer:
+            for frame in np.repeat(np.repeat(frames, 16, axis=1), 16, axis=2):
+                writer.write_frame(frame)
+            writer.write_sound(np.zeros(5 * 320, np.float32))
+    exec(code, found)
+    assert type(found["model"]) is head
+    if task == "optical-flow":
+        assert found["flow"].shape == (9, 13, 2)
+    if task == "multimodal":
+        assert Path("reconstruction.mp4").stat().st_size and found["result"]["num_frames"] == 5
 
 
 def test_an_unknown_origin_is_refused(tmp_path):
@@ -382,7 +538,7 @@ def fresh_process(script: str, folder: Path, endpoint: str, cache: str, *paths: 
     """A new process in `folder`, with an empty HF_HOME and the stand-in for the Hub."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHON", "TRANSFORMERS_"))}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / cache), "HF_TOKEN": "none", "OMP_NUM_THREADS": "1"}
-    env |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    env |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost", "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -397,12 +553,22 @@ def fresh_process(script: str, folder: Path, endpoint: str, cache: str, *paths: 
     return done.stdout
 
 
+LARGE = 20_000  # bytes; the Hub's own limit is 10 MB
+
+
 @pytest.mark.medium
 def test_what_is_pushed_loads_in_a_fresh_process_with_and_without_the_package_bit_for_bit(tmp_path):
     """Against the stand-in; the real Hub was never asked. Three processes, half a minute."""
-    with hub_standin.HubStandIn() as hub:
+    # Of the two kinds of upload each has its files: here weights, labels and the longest sources are large.
+    with hub_standin.HubStandIn(large=LARGE) as hub:
         fresh_process(PUSH, tmp_path, hub.endpoint, "pushing", ROOT / "src", ROOT, ROOT / "tests")
         assert sorted(hub.repos) == ["tester/imagenet-conv", "tester/masked-lm"]
+        for task in ("imagenet-conv", "masked-lm"):
+            sizes = {path.name: path.stat().st_size for path in (tmp_path / task).iterdir()}
+            assert sizes["model.safetensors"] > LARGE > sizes["README.md"]
+            assert sha256_of(tmp_path / task / "model.safetensors") in hub.large_files
+        asked = [request.split("/")[0:2] for request in hub.requests]
+        assert ["PUT ", "large"] in asked and ["POST ", "large"] in asked, "stored, and the storing checked"
         for repo_id in hub.repos:
             files = hub.at(repo_id, "main")[1]
             folder = tmp_path / repo_id.split("/")[1]

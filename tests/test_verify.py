@@ -16,6 +16,7 @@ from parity.deepmind import MODELS, PARITY
 from safetensors.torch import load_file, save_file
 
 from conversion import convert_haiku, verify
+from hf_perceiver.fast_attention import FastWriter
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,19 @@ def test_flow_may_be_stored_as_the_model_gives_it(folders, tmp_path, capsys):
         path = changed("optical_flow", tmp_path, outputs=stored["outputs"] / 20)
     assert compare(folders["optical_flow"], path) == 0
     assert "times 1" in capsys.readouterr().out
+
+
+def test_the_whole_way_is_as_users_run_it_and_the_passes_are_not(folders, tmp_path, monkeypatch):
+    """Only what nothing watches takes attention's faster forms, here one that is wrong."""
+    folder = tmp_path / "always"
+    shutil.copytree(folders["optical_flow"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "fast_attention": "always"}))
+    write = FastWriter.write
+    monkeypatch.setattr(FastWriter, "write", lambda *args: None if (out := write(*args)) is None else 2 * out)
+    report = verify.verify(folder, PARITY / "optical_flow_a.npz")
+    assert report.holds
+    assert report.whole[-1].stage == "logits" and report.whole[-1].relative == pytest.approx(1, rel=1e-3)
 
 
 # --- exit status 1
