@@ -197,12 +197,25 @@ def test_modalities_masked_missing_and_replaced_share_one_softmax(taken):
     assert taken["read"] == 2
 
 
-def test_chosen_points_and_coordinates_take_the_direct_form_and_agree():
+@pytest.mark.parametrize("name", ["video", "flow", "audio"])
+def test_chosen_points_agree_and_those_that_differ_by_example_take_the_direct_form(name, taken):
+    case = tiny(name)
+    fast, direct = both(case)
+    inputs = in_double(case.inputs(batch=2))
+    for points in ([0, 3, 3, 1], [[0, 2], [4, 1]], []):
+        asked = {"output_points": torch.tensor(points)}
+        got, want = answers(fast, inputs, **asked).logits, answers(direct, inputs, **asked).logits
+        assert_same(got, want, rtol=0, atol=1e-11)
+    assert taken["write"] == 1
+
+
+def test_free_coordinates_take_the_direct_form_and_agree(taken):
     case = tiny("video")
     fast, direct = both(case)
     inputs = in_double(case.inputs(batch=2))
-    for asked in ({"output_points": [0, 7, 3]}, {"coordinates": torch.rand(2, 5, 3).double() * 2 - 1}):
-        assert_same(answers(fast, inputs, **asked).logits, answers(direct, inputs, **asked).logits, rtol=0, atol=1e-11)
+    asked = {"coordinates": torch.rand(2, 5, 3).double() * 2 - 1}
+    assert_same(answers(fast, inputs, **asked).logits, answers(direct, inputs, **asked).logits, rtol=0, atol=1e-11)
+    assert taken["write"] == 0
 
 
 # Where it steps aside

@@ -118,7 +118,7 @@ class Pieces:
             everywhere = torch.arange(len(part.token), device=part.token.device)
             return cls(1, 1, None, [], (everywhere, part.token), None, copies=part.length)
         code = part.position
-        if not isinstance(code, AxisCode) or code.points is not None or part.combine != "concat":
+        if not isinstance(code, AxisCode) or code.batch_size != 1 or part.combine != "concat":
             return None
         start = 0 if part.features is None else part.features.shape[-1]
         channels: dict[int, list[Tensor]] = {}
@@ -128,10 +128,14 @@ class Pieces:
             channels.setdefault(axis, []).append(torch.arange(start, stop, device=table.device))
             tables.setdefault(axis, []).append(table)
             start = stop
-        # Of a single axis every element is a row.
+        device = code.blocks[0][1].device
+        # Of a single axis, and of chosen points, every element is a row.
         lead, width = (code.grid[:-1], code.grid[-1]) if len(code.grid) > 1 else (code.grid, 1)
-        rows = math.prod(lead)
-        indices = unravel(torch.arange(rows, device=next(iter(tables.values()))[0].device), lead)
+        points = torch.arange(math.prod(lead), device=device)
+        if code.points is not None:
+            lead, width, points = code.grid, 1, code.points.flatten().to(device)
+        rows = len(points)
+        indices = unravel(points, lead)
         axes = [
             Axis(torch.cat(channels[a]), torch.cat(tables[a], dim=1), indices[a] if a < len(lead) else None)
             for a in sorted(channels)
@@ -153,24 +157,31 @@ class Pieces:
         """Features of one example, (rows * width, F)."""
         return None if self.features is None else self.features[min(b, len(self.features) - 1)]
 
-    def on_grid(self, of_axis: Callable[[Axis], Tensor], of_constant: Tensor) -> tuple[Tensor, Tensor]:
-        """Something (n, ...) of every axis, (...) of the constant -> sums over rows (rows, ...) and places (width, ...)"""
-        by_row = of_constant.expand(self.rows, *of_constant.shape)
+    def on_grid(
+        self, tables: list[Tensor], of_constant: Tensor, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """For each axis something (n, ...), (...) of the constant -> sums over rows (rows, ...) and places (width, ...)
+
+        start, stop: which rows.
+        """
+        stop = self.rows if stop is None else stop
+        by_row = of_constant.expand(stop - start, *of_constant.shape)
         by_place = torch.zeros_like(of_constant).expand(self.width, *of_constant.shape)
-        for axis in self.axes:
+        for axis, table in zip(self.axes, tables, strict=True):
             if axis.index is None:
-                by_place = of_axis(axis)
+                by_place = table
             else:
-                by_row = by_row + of_axis(axis)[axis.index]
+                by_row = by_row + table[axis.index[start:stop]]
         return by_row, by_place
 
     def inverse_deviation(self, features: Tensor | None, channels: int, eps: float, wide: torch.dtype) -> Tensor:
         """LayerNorm's 1 / sqrt(variance + eps) of every element, (rows, width)"""
         device = self.device
         constant = torch.zeros(0, dtype=wide, device=device) if self.constant is None else self.constant[1].to(wide)
-        by_row, by_place = self.on_grid(lambda axis: axis.table.to(wide).sum(1), constant.sum())
+        tables = [axis.table.to(wide) for axis in self.axes]
+        by_row, by_place = self.on_grid([table.sum(1) for table in tables], constant.sum())
         sums = by_row[:, None] + by_place  # (rows, width), without the features
-        by_row, by_place = self.on_grid(lambda axis: axis.table.to(wide).square().sum(1), constant.square().sum())
+        by_row, by_place = self.on_grid([table.square().sum(1) for table in tables], constant.square().sum())
         squares = by_row[:, None] + by_place
         others = channels - self.feature_channels
         if features is None:
@@ -280,7 +291,8 @@ def _read_rows(asked: Tensor, prepared: list[tuple[Pieces, Any, Tensor, Any]], d
         constant = asked.new_zeros(count)
         if pieces.constant is not None:
             constant = asked[:, pieces.constant[0]] @ pieces.constant[1].to(asked)
-        of_rows, of_places = pieces.on_grid(lambda axis: axis.table.to(asked) @ asked[:, axis.channels].T, constant)
+        tables = [axis.table.to(asked) @ asked[:, axis.channels].T for axis in pieces.axes]
+        of_rows, of_places = pieces.on_grid(tables, constant)
         of_rows, of_places = of_rows.T, of_places.T  # (n, rows), (n, width)
         step = max(READ_ELEMENTS // pieces.width, 1)
         for start in range(0, pieces.rows, step):
@@ -415,12 +427,13 @@ class FastWriter:
         constant = asked.new_zeros(len(asked))
         if pieces.constant is not None:
             constant = asked[:, pieces.constant[0]] @ pieces.constant[1].to(asked)
-        of_rows, of_places = pieces.on_grid(lambda axis: axis.table.to(asked) @ asked[:, axis.channels].T, constant)
+        tables = [axis.table.to(asked) @ asked[:, axis.channels].T for axis in pieces.axes]
         looked_for = asked[:, : pieces.feature_channels].to(self.dtype).T
         for start in range(0, pieces.rows, step):
             stop = min(start + step, pieces.rows)
             tile = slice(start * pieces.width, stop * pieces.width)
-            scores = of_rows[start:stop, None] + of_places  # (rows, width, H * N)
+            of_rows, of_places = pieces.on_grid(tables, constant, start, stop)
+            scores = of_rows[:, None] + of_places  # (rows, width, H * N)
             if features is not None:
                 scores += (features[tile] @ looked_for).view(scores.shape)
             scores = torch.addcmul(offset, scores, inverse[start:stop, :, None])
