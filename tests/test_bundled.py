@@ -25,7 +25,7 @@ def test_checkpoint_is_small_complete_and_has_a_card(name):
 
 
 def test_unknown_checkpoint_is_told_which_there_are():
-    with pytest.raises(ValueError, match="digits, language"):
+    with pytest.raises(ValueError, match="digits, flow, language, video"):
         bundled_checkpoint("flwo")
 
 
