@@ -91,7 +91,8 @@ def test_edges_are_blended():
     """A shape's edge is not a staircase: some pixels lie between front and back, and moving it moves them."""
     made = make_clips(4, seed=1, shape=ClipShape(size=64, num_frames=4))
     values = made["image"][:, 0]
-    assert len(np.unique(np.round(values, 3))) > 1000
+    # Hard edges would leave the two tones of shape and of background: 4 clips x 4 tones x 3 channels.
+    assert len(np.unique(np.round(values, 3))) > 10 * 48
 
 
 def test_the_stream_is_that_of_make_clips_whatever_the_workers():

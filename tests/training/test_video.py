@@ -227,7 +227,8 @@ def test_what_ships_does_what_its_card_says():
     rows = evaluate(Path(bundled_checkpoint("video")), count=32)
     metrics = json.loads((Path(bundled_checkpoint("video")) / "metrics.json").read_text())
     stated, found = metrics["held_out"]["this model"], rows["this model"]
-    # 32 clips of the card's 256: about 3 dB from clip to clip, so half a dB of their mean, and a few percent of labels.
+    # 32 clips of the card's 256: video differs by about 3 dB from clip to clip and sound by 6, so their means by half a
+    # dB and one; labels by a few percent.
     assert found["video"] == pytest.approx(stated["video"], abs=1.5)
-    assert found["audio"] == pytest.approx(stated["audio"], abs=1.5)
+    assert found["audio"] == pytest.approx(stated["audio"], abs=3.0)
     assert found["label"] == pytest.approx(stated["label"], abs=0.1)
