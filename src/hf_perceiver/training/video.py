@@ -11,16 +11,11 @@ anew in every step; the label is masked half of the time in training, and always
 lets it fall with the time that is left, `--steps` with the steps. Batch k of the clips depends on (seed, k) alone.
 """
 
-import csv
-import io
 import json
 import math
 import os
-import shutil
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +24,7 @@ import pytorch_optimizer
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import HfArgumentParser, set_seed
 
 from ..configuration_perceiver_io import PerceiverIOConfig
 from ..feature_extraction_perceiver_io import PerceiverIOFeatureExtractor
@@ -41,7 +34,8 @@ from ..video_processing_perceiver_io import PerceiverIOVideoProcessor
 from .block_start import start_from_blocks
 from .clip_synthesis import CLASSES, FRAMES_PER_SECOND, MOTIONS, SHAPES, TEXTURES, Clips, ClipShape, make_clips
 from .modalities import ModalityCollator
-from .storage import save_halved, write_text
+from .storage import write_text
+from .timed_run import BEST, begin, publish_best, read_course, run_facts, step_of, train_by_clock
 
 CLIP = ClipShape(num_frames=16, size=32, samples_per_frame=320)
 SAMPLES_PER_PATCH = 160
@@ -50,7 +44,6 @@ WIDTH = 128  # of the latents
 COMPRESSIONS = {88: ((4, 4, 4), 8, 4), 176: ((2, 4, 4), 4, 7), 352: ((1, 4, 4), 2, 13)}
 HELD_OUT_CLIPS, HELD_OUT_SEED, VALIDATION_SEED = 256, 30_000, 40_000
 RATES = {"adamw": 3e-4, "lamb": 1e-3}
-STATE, BEST = "clock.json", Path("state") / "best"
 
 
 @dataclass
@@ -308,131 +301,35 @@ def evaluate(directory: Path, *, count: int = HELD_OUT_CLIPS) -> dict[str, Any]:
     return {"this model": measure(model, clips), **baselines(clips, floats)}
 
 
-class Clock(TrainerCallback):
-    """How much of a run is done, by its steps or by its time, which goes on where an interrupted run stopped."""
-
-    def __init__(self, steps: int | None, minutes: float | None):
-        self.steps, self.minutes = steps, minutes
-        self.before, self.started = 0.0, time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.started
-
-    def done(self, step: int) -> float:
-        """0 at the start, 1 at the end"""
-        share = step / self.steps if self.minutes is None else self.seconds / (60 * self.minutes)  # type: ignore[operator]
-        return min(share, 1.0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.done(state.global_step) >= 1:
-            control.should_save = control.should_training_stop = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_text(folder / STATE, json.dumps({"seconds": self.seconds}) + "\n")
-
-
-class Validation(TrainerCallback):
-    """Measures the model at the start and beside every saved state, keeps the best weights, and writes down the course."""
-
-    def __init__(self, output: Path, recipe: VideoRecipe, clock: Clock):
-        self.output, self.clock = output, clock
-        self.clips = _tensors(make_clips(recipe.validation_clips, VALIDATION_SEED, shape=CLIP))
-        self.course = read_course(output)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.course:
-            self.note(state, model)
-
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.note(state, model)
-
-    def note(self, state: Any, model: Any) -> None:
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        figures = measure(model, self.clips)
-        self.course = [row for row in self.course if row["step"] < state.global_step]
-        loss = losses[-1] if losses else math.nan
-        row = {"step": state.global_step, "seconds": round(self.clock.seconds), "loss": loss, **figures}
-        self.course.append(row)
-        lines = [",".join(row), *(",".join(f"{value:.5g}" for value in each.values()) for each in self.course)]
-        write_text(self.output / "learning_curve.csv", "\n".join(lines) + "\n")
-        tqdm.write(
-            f"step {row['step']}, {row['seconds'] / 60:.1f} min: loss {loss:.4f}, video {figures['video']:.2f} dB, audio "
-            f"{figures['audio']:.2f} dB, label {figures['label']:.1%}",
-            file=sys.stderr,
-        )
-        if score(row) >= max(map(score, self.course)):
-            save_halved(model, self.output / BEST)
-
-
-def read_course(output: Path) -> list[dict[str, float]]:
-    """learning_curve.csv, a row for each validation; the first is before the first step. Empty where there is none yet."""
-    path = output / "learning_curve.csv"
-    rows = csv.DictReader(io.StringIO(path.read_text())) if path.is_file() else []
-    return [{name: float(value) for name, value in row.items()} for row in rows]
-
-
 def score(row: dict[str, float]) -> float:
     """What the best state is chosen by: dB of video and a fifth of those of sound, and a tenth for each percent of labels."""
     return row["video"] + 0.2 * row["audio"] + 10 * row["label"]
 
 
+def show(row: dict[str, float]) -> str:
+    """A validation's figures for the log."""
+    return f"video {row['video']:.2f} dB, audio {row['audio']:.2f} dB, label {row['label']:.1%}"
+
+
 def train(recipe: VideoRecipe) -> dict[str, Any]:
     """Train from scratch, or go on; write model, processor, metrics, curves and card to the folder. -> the metrics"""
-    output = Path(recipe.resume or recipe.output)  # type: ignore[arg-type]
-    last = None
-    if recipe.resume:
-        recipe, last = _resumed(recipe, output)
-    else:
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"{output} is not empty; choose another folder, or go on with it by --resume {output}")
-        if recipe.steps is None and recipe.minutes is None:
-            recipe = replace(recipe, minutes=60.0)
-        write_text(output / "recipe.json", json.dumps(_kept(recipe), indent=1) + "\n")
+    recipe, output, last = begin(recipe)
     set_seed(recipe.seed)
     model = new_model(recipe, fitted=last is None)
-    clock = Clock(recipe.steps, recipe.minutes)
-    step = 0
-    if last is not None:
-        step = int(Path(last).name.split("-")[-1])
-        clock.before = json.loads((Path(last) / STATE).read_text())["seconds"]
-    optimizer = new_optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda at: min((at + 1) / recipe.warmup_steps, 1.0) * 0.5 * (1 + math.cos(math.pi * clock.done(at))),
-    )
-    arguments = TrainingArguments(
-        output_dir=str(output / "state"),
-        per_device_train_batch_size=recipe.batch_size,
-        max_steps=recipe.steps if recipe.minutes is None else 10_000_000,
-        bf16=recipe.mixed_precision,
-        use_cpu=not torch.accelerator.is_available(),
-        max_grad_norm=1.0,
-        logging_steps=min(50, recipe.save_every),
-        save_steps=recipe.save_every,
-        save_total_limit=2,
-        dataloader_num_workers=recipe.workers,
-        # The stream itself begins where the run stopped.
-        ignore_data_skip=True,
-        remove_unused_columns=False,
-        report_to=[],
-        seed=recipe.seed,
-        disable_tqdm=recipe.minutes is not None,
-    )
-    trainer = Trainer(
+    validated = _tensors(make_clips(recipe.validation_clips, VALIDATION_SEED, shape=CLIP))
+    steps, seconds = train_by_clock(
         model,
-        arguments,
-        train_dataset=Clips(recipe.seed, batch_size=recipe.batch_size, start=step, shape=CLIP),
-        data_collator=ModalityCollator(reconstruct=["audio", "image", "label"]),
-        optimizers=(optimizer, schedule),
-        callbacks=[clock, Validation(output, recipe, clock)],
+        recipe,
+        output,
+        last,
+        optimizer=new_optimizer(model, recipe),
+        dataset=Clips(recipe.seed, batch_size=recipe.batch_size, start=step_of(last), shape=CLIP),
+        collator=ModalityCollator(reconstruct=["audio", "image", "label"]),
+        measure=lambda trained: measure(trained, validated),
+        score=score,
+        show=show,
     )
-    trainer.train(resume_from_checkpoint=last)
-    return write_result(output, recipe, trainer.state.global_step, clock.seconds)
+    return write_result(output, recipe, steps, seconds)
 
 
 def new_model(recipe: VideoRecipe, *, fitted: bool = True) -> PerceiverIOForMultimodalAutoencoding:
@@ -478,19 +375,11 @@ def write_result(output: Path, recipe: VideoRecipe, steps: int, seconds: float) 
     set_seed(recipe.seed)
     start = measure(new_model(recipe), held_out_clips(count))
     metrics: dict[str, Any] = {
-        "steps": steps,
-        "seconds": round(seconds),
-        "parameters": model.num_parameters(),
+        **run_facts(model, recipe, steps, seconds),
         "latents": [model.config.num_latents, model.config.d_latents],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "recipe": _kept(recipe),
         "held_out": {**evaluate(best, count=count), "its start, before any training": start},
     }
-    for file in sorted(best.iterdir()):
-        partial = output / (file.name + ".partial")
-        shutil.copyfile(file, partial)
-        os.replace(partial, output / file.name)
+    publish_best(output)
     write_text(output / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     draw_curves(output)
     write_text(output / "README.md", model_card(metrics))
@@ -679,20 +568,6 @@ def _paper_ratio(compression: int) -> float:
     """Values of the paper's clip for each float of its latents"""
     latents = {88: 784, 176: 392, 352: 196}[compression]
     return (16 * 224 * 224 * 3 + 30_720) / (latents * 512)
-
-
-def _kept(recipe: VideoRecipe) -> dict[str, Any]:
-    """What a run can be repeated from: all but where it is written."""
-    return {k: v for k, v in asdict(recipe).items() if k not in ("output", "resume", "evaluate")}
-
-
-def _resumed(recipe: VideoRecipe, output: Path) -> tuple[VideoRecipe, str]:
-    """The recipe of an interrupted run, and its last state."""
-    path = output / "recipe.json"
-    last = get_last_checkpoint(str(output / "state")) if (output / "state").is_dir() else None
-    if not path.is_file() or last is None:
-        raise ValueError(f"{output} holds no interrupted run; start one with --output {output}")
-    return VideoRecipe(resume=str(output), **json.loads(path.read_text())), last
 
 
 if __name__ == "__main__":
