@@ -63,7 +63,7 @@ def tensors():
     return torch.randn(3, 5, 10, generator=generator), torch.randn(3, 7, 6, generator=generator)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 @pytest.mark.parametrize("which", masks())
 @pytest.mark.parametrize(("qk", "v", "heads"), [(8, 12, 2), (8, 8, 4), (5, 3, 1), (None, None, 2)])
 def test_attention_is_the_written_out_formula(implementation, which, qk, v, heads):
@@ -80,15 +80,16 @@ def test_attention_is_the_written_out_formula(implementation, which, qk, v, head
 @pytest.mark.parametrize("which", masks())
 @pytest.mark.parametrize("zero_masked_rows", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_sdpa_equals_eager(which, zero_masked_rows, dtype):
+def test_backends_agree(which, zero_masked_rows, dtype):
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
     query, context = (x.to(dtype) for x in tensors())
     results = []
-    for implementation in ("eager", "sdpa"):
-        module = attention(implementation, zero_masked_rows=zero_masked_rows).to(dtype)
+    for implementation in ("eager", "sdpa", "tiled"):
+        module = attention(implementation, zero_masked_rows=zero_masked_rows).to(dtype).requires_grad_(False)
         results.append(module(query, *module.project(context), *masks()[which])[0])
     assert torch.isfinite(results[0]).all()
-    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow
@@ -105,7 +106,7 @@ def test_flex_equals_eager(which, v_channels):
     torch.testing.assert_close(*results, **CLOSE)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 def test_a_row_without_valid_keys_gives_the_output_bias(implementation):
     module = attention(implementation)
     query, context = tensors()
@@ -115,7 +116,7 @@ def test_a_row_without_valid_keys_gives_the_output_bias(implementation):
     assert torch.equal(got[0, 1], module.o_proj.bias)  # a masked query
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 def test_a_row_without_valid_keys_can_give_the_mean_as_in_the_builtin(implementation):
     module = attention(implementation, zero_masked_rows=False)
     query, context = tensors()
@@ -124,7 +125,7 @@ def test_a_row_without_valid_keys_can_give_the_mean_as_in_the_builtin(implementa
     torch.testing.assert_close(got[1], mean.expand(5, 10), **CLOSE)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 def test_masked_keys_have_no_influence(implementation):
     module = attention(implementation)
     query, context = tensors()
@@ -135,7 +136,7 @@ def test_masked_keys_have_no_influence(implementation):
     torch.testing.assert_close(got, want, **CLOSE)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 def test_gradients_stay_finite_where_everything_is_masked(implementation):
     module = attention(implementation)
     query, context = tensors()
@@ -147,7 +148,7 @@ def test_gradients_stay_finite_where_everything_is_masked(implementation):
     assert all(torch.isfinite(p.grad).all() for p in module.parameters())
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 @pytest.mark.parametrize("which", masks())
 def test_one_query_array_serves_a_batch(implementation, which):
     """The latents are (1, N, D); masks and contexts are (B, ...)."""
@@ -159,7 +160,7 @@ def test_one_query_array_serves_a_batch(implementation, which):
     torch.testing.assert_close(got, want, **CLOSE)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 def test_one_context_serves_a_batch_of_queries(implementation):
     module = attention(implementation)
     query, context = tensors()
@@ -168,7 +169,7 @@ def test_one_context_serves_a_batch_of_queries(implementation):
     torch.testing.assert_close(got, want, **CLOSE)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 def test_attention_is_never_causal(implementation):
     """transformers' interface takes it for causal unless the module says otherwise."""
     module = attention(implementation)
@@ -180,7 +181,7 @@ def test_attention_is_never_causal(implementation):
     torch.testing.assert_close(got, shuffled, **CLOSE)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 def test_no_query_gives_no_row(implementation):
     module = attention(implementation)
     query, context = tensors()
@@ -224,7 +225,7 @@ def test_an_unknown_backend_is_refused():
         module(query, *module.project(context))
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "tiled"])
 def test_attention_dropout_acts_in_training_only(implementation):
     module = attention(implementation, attention_dropout=0.5)
     query, context = tensors()

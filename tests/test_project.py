@@ -24,6 +24,7 @@ LAYERS = [
         "position_encoding",
         "stems",
         "arrays",
+        "tiled_attention",
         "attention",
         "fast_attention",
         "checkpoint_names",

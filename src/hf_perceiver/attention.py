@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_perceiver_io import PerceiverIOConfig, check_heads
+from .tiled_attention import TILED, pays
 
 
 def eager_attention_forward(
@@ -122,8 +123,10 @@ class Attention(nn.Module):
                 lambda b, h, i, j: keep[b, j], len(keep), None, q.shape[2], k.shape[2], device=str(q.device)
             )
             mask = blocks
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
+        if name == "sdpa" and pays(q, k, v, dropout):
+            name = TILED
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
 
