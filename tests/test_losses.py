@@ -24,9 +24,10 @@ def test_cross_entropy_is_the_mean_over_what_is_labelled():
     torch.testing.assert_close(cross_entropy(logits, labels), F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
-def test_nothing_labelled_costs_nothing():
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=["own", "number", "tensor"])
+def test_nothing_labelled_costs_nothing(count):
     logits = torch.randn(2, 3, 5, requires_grad=True)
-    loss = cross_entropy(logits, torch.full((2, 3), -100))
+    loss = cross_entropy(logits, torch.full((2, 3), -100), count)
     loss.backward()
     assert loss == 0
     assert (logits.grad == 0).all()

@@ -25,8 +25,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | i
     total = F.cross_entropy(
         _wide(logits).flatten(0, -2), labels.to(logits.device).flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    count = (labels != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    # Of nothing labelled, which chance brings about too, the loss is 0.
+    return total / (count.to(total.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 def classification_loss(
