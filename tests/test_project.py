@@ -101,7 +101,7 @@ def test_the_changelog_knows_the_version():
 
 def test_the_promised_extras_exist():
     extras = setup_cfg()["options.extras_require"]
-    assert set(extras) == {"test", "train", "audio", "video", "export", "notebooks"}
+    assert set(extras) == {"test", "train", "audio", "video", "peft", "export", "notebooks"}
     assert all(extras[name].strip() for name in extras)
 
 

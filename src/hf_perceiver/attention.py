@@ -211,15 +211,17 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        query: Tensor,
+        query: Tensor | None,
         context: Tensor | None,
         key_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
         keys: Tensor | None = None,
         values: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """Either the context (B, M, C), or its projected keys and values."""
+    ) -> Any:
+        """Either the context (B, M, C), or its projected keys and values; without a query, these are what is returned."""
+        if query is None:
+            return self.project(context)  # type: ignore[arg-type]
         # One by one, for re-entrant checkpointing sees no tensor inside a tuple.
         if keys is None or values is None:
             if context is None:

@@ -23,6 +23,15 @@ _from_file = contextvars.ContextVar("_from_file", default=False)
 SHARING = ("all", "after_first", "none")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
+TENSOR_PARALLEL = {
+    "self_attn.q_proj": "colwise",
+    "self_attn.k_proj": "colwise",
+    "self_attn.v_proj": "colwise",
+    "self_attn.o_proj": "rowwise",
+    "mlp.up_proj": "colwise",
+    "mlp.down_proj": "rowwise",
+}
+
 
 def _language_preprocessor() -> dict:
     position = {"kind": "trainable", "num_positions": 2048, "channels": 768}
@@ -79,7 +88,9 @@ class PerceiverIOConfig(PretrainedConfig):
         where that is less work, on a CPU; "always" where it is possible; "never".
     dropout, attention_dropout (`float`): on every sub-layer's output; on attention probabilities.
     latents_init_scale (`float`): standard deviation of the latents' truncated normal.
-    initializer (`"deepmind"`, `"normal"`, `"position_aligned"`): see `docs/initialization.md`.
+    initializer (`"deepmind"`, `"normal"`, `"position_aligned"`): how fresh weights are drawn: as DeepMind's; as
+        transformers', normals of `initializer_range`; or so that heads begin by looking at places near their own, for
+        one modality with a fourier position of one to three axes. See `docs/initialization.md`.
     initializer_range (`float`): standard deviation of `initializer="normal"`.
     preprocessor, output_query, postprocessor (`dict`): the three specs; the last two may be None (features only).
     vocab_size, num_labels: owned by this level, parts refer to them.
@@ -178,6 +189,20 @@ class PerceiverIOConfig(PretrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         return self.num_blocks * self.num_self_attends_per_block
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the latents' own layers, by heads and columns; the rest is small, and on all."""
+        return {f"{layer}.{name}": style for layer in self._latent_layers() for name, style in TENSOR_PARALLEL.items()}
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """What FSDP gathers one after the other; what is in none of these is a group of its own, with the model."""
+        return dict.fromkeys(["encoder.cross_attends.*", *self._latent_layers()], "free_full_weight")
+
+    def _latent_layers(self) -> list[str]:
+        # transformers puts its star in place of the first of two numbers that follow each other.
+        return [f"encoder.blocks.*.{layer}" for layer in range(self.num_self_attends_per_block)]
 
     def weight_indices(self, part: Literal["cross_attend", "block"]) -> list[int]:
         """For each cross-attend (or block) in running order, the index of the weights it uses."""

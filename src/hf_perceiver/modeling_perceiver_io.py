@@ -7,7 +7,9 @@ Papers: Perceiver IO (arXiv 2107.14795), Perceiver (arXiv 2103.03206). Numbers: 
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -163,7 +165,8 @@ class Decoder(nn.Module):
 
     def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, D) -> keys and values, once for any number of queries"""
-        return self.cross_attend.project(latents)
+        # A call of the layer, for FSDP gathers its weights for calls alone.
+        return self.cross_attend(None, latents)
 
     def forward(
         self, query: Tensor, key_value: tuple[Tensor, Tensor], query_mask: Tensor | None = None, **kwargs: Any
@@ -197,25 +200,35 @@ class PerceiverIOPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(Attention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(Attention, index=1, layer_name="cross_attn"),
     }
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "encoder.blocks.*.*.self_attn.q_proj": "colwise",
-        "encoder.blocks.*.*.self_attn.k_proj": "colwise",
-        "encoder.blocks.*.*.self_attn.v_proj": "colwise",
-        "encoder.blocks.*.*.self_attn.o_proj": "rowwise",
-        "encoder.blocks.*.*.mlp.up_proj": "colwise",
-        "encoder.blocks.*.*.mlp.down_proj": "rowwise",
-    }
 
     def __init__(self, config: PerceiverIOConfig, *args: Any, **kwargs: Any):
         config.validate()  # fields may have been set since it was made
         note_custom_modules(config)
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self) -> None:
+        # accelerate's FSDP stops at a name that is not in the model.
+        there = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in type(self)._no_split_modules if name in there]  # type: ignore[misc]
+        super().post_init()
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # In code that is not its own, transformers passes by modules whose own tensors were all loaded, and so those
         # that have none. Ours draw for their children (attention, mask tokens, zero heads), looking at each one's flag.
         has_own = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
         super()._initialize_weights(module, is_custom_code and has_own)
+
+    def freeze_encoder(self) -> None:
+        """Keep preprocessor, encoder and latents as they are: the output query, the decoder and the read-out are trained.
+
+        The frozen parts stay in evaluation mode, without dropout and with the stored statistics of batch norms, and run
+        without gradients, by inference's cheaper forms. An embedding that the read-out shares is the preprocessor's.
+        """
+        model: Any = getattr(self, self.base_model_prefix, self)
+        for part in (model.preprocessor, model.encoder):
+            part.requires_grad_(False)
+        model.has_frozen_encoder = True
+        self.train(self.training)
 
     def enable_input_require_grads(self) -> None:
         """As in transformers; where there are no token embeddings, the latents are where gradients start."""
@@ -278,6 +291,7 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
 
     # That of the default config; each model has its preprocessor's.
     main_input_name = "input_ids"
+    has_frozen_encoder = False  # see freeze_encoder
 
     def __init__(self, config: PerceiverIOConfig):
         super().__init__(config)
@@ -318,6 +332,13 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
             tied = {"postprocessor.output_embedding.weight": "preprocessor.embedding.weight"}
             self._tied_weights_keys = tied
         self.post_init()
+
+    def train(self, mode: bool = True) -> "PerceiverIOModel":
+        super().train(mode)
+        if self.has_frozen_encoder:
+            self.preprocessor.eval()
+            self.encoder.eval()
+        return self
 
     def get_input_embeddings(self) -> nn.Module | None:
         return getattr(self.preprocessor, "embedding", None)
@@ -403,8 +424,17 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
             if len({batch, len(latents)} - {1}) > 1:
                 raise ValueError(f"{len(latents)} latent arrays for a batch of {batch}; give one, or one for each")
             batch = max(batch, len(latents))
-        z = self.encoder(input_array, latents, **kwargs)
+        with torch.no_grad() if self._encodes_without_gradients(input_array, latents) else nullcontext():
+            z = self.encoder(input_array, latents, **kwargs)
         return Encoding(latents=z.expand(batch, -1, -1), input_array=input_array)
+
+    def _encodes_without_gradients(self, input_array: InputArray, latents: Tensor | None) -> bool:
+        if not self.has_frozen_encoder:
+            return False
+        # Adapters may have come since, and inputs or latents be trained themselves.
+        given = [tensor for tensor in (latents, *(part.features for _, part in input_array)) if tensor is not None]
+        trained = chain(given, self.preprocessor.parameters(), self.encoder.parameters())
+        return not any(tensor.requires_grad for tensor in trained)
 
     def decode(
         self,

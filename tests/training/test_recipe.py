@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from hf_perceiver.training.recipe import (
     RecipeArguments,
     RecipeTrainer,
     check_output,
+    check_weights_come_whole,
     fresh_config,
     last_checkpoint,
     learning_curve,
     model_folder,
     open_model,
+    optimizer_of,
     parse,
     run,
     save_final,
@@ -79,6 +82,30 @@ def test_lamb_decays_neither_biases_nor_norms(tmp_path):
     assert not any("norm" in names[p] or names[p].endswith("bias") for p in decayed)
     assert all("norm" in names[p] or names[p].endswith("bias") for p in kept)
     assert len(decayed) + len(kept) == len(names)
+
+
+@pytest.mark.parametrize(("weight_decay", "bound"), [(0.0, 1e-3), (0.1, 0.1)])
+def test_lamb_steps_as_the_paper_writes_it(tmp_path, weight_decay, bound):
+    """LAMB (arXiv 1904.00962), algorithm 2, in float64; a matrix of norm 24, where pytorch-optimizer's own is off by half.
+
+    It corrects the bias of the first moment alone. That cancels in the trusted update but for the decay, which weighs less
+    in the first steps: 0.05 after these 40.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = 0.1 * torch.randn(200, 300, dtype=torch.float64, generator=generator)
+    gradients = [torch.randn(200, 300, dtype=torch.float64, generator=generator) for _ in range(40)]
+    kind, options = optimizer_of(arguments(tmp_path, learning_rate=2e-3, adam_epsilon=1e-6))
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = kind([weight], weight_decay=weight_decay, **options)
+    wanted, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
+    for step, gradient in enumerate(gradients, 1):
+        weight.grad = gradient.clone()
+        optimizer.step()
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        corrected = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-6)
+        update = corrected + weight_decay * wanted
+        wanted = wanted - 2e-3 * wanted.norm() / update.norm() * update
+    assert (weight.detach() - wanted).norm() < bound * (wanted - start).norm()
 
 
 def test_adamw_is_torchs(tmp_path):
@@ -170,6 +197,13 @@ def test_too_little_room_is_found_before_the_first_step(tmp_path, monkeypatch):
     assert made.state.global_step == 0
 
 
+def test_shards_that_would_never_be_joined_are_refused():
+    check_weights_come_whole(None)
+    check_weights_come_whole(SimpleNamespace(state_dict_type="StateDictType.FULL_STATE_DICT"))
+    with pytest.raises(ValueError, match=r"SHARDED_STATE_DICT leaves no weights to load; set FULL_STATE_DICT"):
+        check_weights_come_whole(SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT"))
+
+
 def test_a_final_save_that_fails_leaves_no_half_model(tmp_path):
     class Broken:
         def save_pretrained(self, folder):
@@ -191,7 +225,7 @@ def test_a_folder_with_something_in_it_is_not_written_over(tmp_path):
 def test_nothing_to_go_on_from_is_said(tmp_path):
     with pytest.raises(ValueError, match="holds no whole checkpoint to go on from"):
         check_output(arguments(tmp_path, resume_from_checkpoint="last"))
-    with pytest.raises(ValueError, match="is no whole checkpoint; it lacks trainer_state.json"):
+    with pytest.raises(ValueError, match=r"is no whole checkpoint; it lacks trainer_state.json"):
         check_output(arguments(tmp_path, resume_from_checkpoint=str(tmp_path)))
 
 
