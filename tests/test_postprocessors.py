@@ -264,3 +264,53 @@ def test_what_reads_everything_at_once_is_no_modalitys():
 def test_a_model_without_labels_scores_none():
     with pytest.raises(ValueError, match="num_labels=0 must be at least 1"):
         built({"kind": "classification"}, num_labels=0)
+
+
+# Several tasks
+
+THREE_TASKS = {"b": ["yes", "no"], "a": ["x", "y", "z"], "c": []}
+
+
+def asked(module, decoded):
+    return module(decoded, query(decoded.shape[1], grid=(decoded.shape[1],)))
+
+
+def test_each_task_reads_out_its_own_query_by_its_own_head():
+    module = built({"kind": "multitask", "tasks": THREE_TASKS, "hidden": 7})
+    assert module.names == ["a", "b", "c"], "by name, as config.json gives dicts back"
+    decoded = torch.randn(2, 3, 6)
+    scores = asked(module, decoded)
+    assert scores.shape == (2, 3, 3)
+    for index, (name, count) in enumerate({"a": 3, "b": 2, "c": 1}.items()):
+        head = module.tasks[name]
+        own = head.classifier(torch.tanh(head.hidden(decoded[:, index])))
+        torch.testing.assert_close(scores[:, index, :count], own)
+        assert (scores[:, index, count:] == -torch.inf).all()
+
+
+def test_one_query_is_read_out_by_every_task():
+    module = built({"kind": "multitask", "tasks": THREE_TASKS})
+    assert module.tasks["a"].hidden.out_features == 6, "as wide as the queries"
+    decoded = torch.randn(2, 1, 6)
+    torch.testing.assert_close(asked(module, decoded), asked(module, decoded.expand(-1, 3, -1)))
+    at_first = built({"kind": "multitask", "tasks": THREE_TASKS, "at_first_token": True})
+    tokens = torch.randn(2, 5, 6)
+    torch.testing.assert_close(asked(at_first, tokens), asked(at_first, tokens[:, :1]))
+    with pytest.raises(ValueError, match=r"5 queries on the grid \(5,\) for 3 tasks; ask all of them, or one"):
+        asked(module, tokens)
+    with pytest.raises(ValueError, match="3 queries on the grid None"):  # chosen, and in which order nobody knows
+        module(decoded.expand(-1, 3, -1), query(3))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({}, "at least one task"),
+        ({"a": ["one"]}, r"task 'a' has the classes \['one'\]; give at least two different ones, or \[\] for a number"),
+        ({"a": ["one", "one"]}, "at least two different ones"),
+        ({"a.b": []}, "without dots"),
+    ],
+)
+def test_tasks_that_cannot_have_a_head_are_refused(tasks, message):
+    with pytest.raises(ValueError, match=message):
+        built({"kind": "multitask", "tasks": tasks})

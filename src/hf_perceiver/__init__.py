@@ -40,6 +40,7 @@ from .heads_multimodal import (
 from .heads_text import (
     PerceiverIOForMaskedLM,
     PerceiverIOForMultipleChoice,
+    PerceiverIOForMultitaskSequenceClassification,
     PerceiverIOForQuestionAnswering,
     PerceiverIOForSequenceClassification,
     PerceiverIOForTokenClassification,
@@ -85,6 +86,7 @@ __all__ = [
     "PerceiverIOForMaskedLM",
     "PerceiverIOForMultimodalAutoencoding",
     "PerceiverIOForMultipleChoice",
+    "PerceiverIOForMultitaskSequenceClassification",
     "PerceiverIOForOpticalFlow",
     "PerceiverIOForQuestionAnswering",
     "PerceiverIOForSequenceClassification",

@@ -418,4 +418,65 @@ class AveragePostprocessor(Postprocessor):
         return self.classifier(decoded.mean(dim=1))
 
 
+@register_postprocessor("multitask")
+class MultitaskPostprocessor(nn.Module):
+    """Several tasks, each with a two-layer tanh head of its own: (B, O, E) -> (B, T, K), K of the task with most classes.
+
+    tasks: name -> its classes' names, or [] for one that predicts a number; ordered by name, once, and a task id is the
+    place in that order. What a task has no score for is -inf; a number stands first.
+    Of T queries (kind "tasks") the t-th is read out by the t-th head; a single one, chosen or shared, by every head.
+    at_first_token: every head reads out the first query, that of the first token's place, however many there are.
+    hidden: width of the tanh layer, by default the queries'. Source: Perceiver IO, sections 4.1 and F.4.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: PerceiverIOConfig,
+        in_channels: int,
+        tasks: dict[str, list[str]],
+        hidden: int | None = None,
+        at_first_token: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if not tasks:
+            raise ValueError("a multitask postprocessor needs at least one task: tasks={name: [class, ...]}")
+        for name, classes in tasks.items():
+            check_modality_name(name)
+            if len(classes) == 1 or len(set(classes)) != len(classes):
+                raise ValueError(
+                    f"task {name!r} has the classes {classes}; give at least two different ones, or [] for a number"
+                )
+        self.at_first_token = at_first_token
+        self.names = sorted(tasks)
+        self.num_classes = [len(tasks[name]) for name in self.names]
+        self.width = max(1, *self.num_classes)
+        built = {
+            name: ClassificationPostprocessor(
+                config=config,
+                in_channels=in_channels,
+                num_outputs=len(tasks[name]) or 1,
+                hidden=hidden or in_channels,
+                dropout=dropout,
+            )
+            for name in self.names
+        }
+        self.tasks = nn.ModuleDict(built)
+
+    def forward(self, decoded: Tensor, query: QueryArray) -> Tensor:
+        asked, count = decoded.shape[1], len(self.names)
+        shared = asked == 1 or (self.at_first_token and asked > 1)
+        # Chosen points have no grid, and may be in another order.
+        if not shared and query.part.grid != (count,):
+            raise ValueError(
+                f"{asked} queries on the grid {query.part.grid} for {count} tasks; ask all of them, or one"
+            )
+        scores = []
+        for index, head in enumerate(self.tasks.values()):
+            one = head.read_out(decoded[:, 0 if shared else index])  # type: ignore[operator]
+            scores.append(nn.functional.pad(one, (0, self.width - one.shape[-1]), value=float("-inf")))
+        return torch.stack(scores, dim=1)
+
+
 POSTPROCESSORS.seal()

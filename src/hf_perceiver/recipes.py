@@ -27,6 +27,67 @@ def language_bytes_plus() -> PerceiverIOConfig:
     return _language(vocab_size=262, length=2048, d_latents=1536, num_self_attends_per_block=40, v_channels=1536)
 
 
+def language_bytes_128_latents() -> PerceiverIOConfig:
+    """Published ablation: 128 latents of 1,920 channels, 430.13M parameters (ours). IO T15, GLUE 75.84."""
+    return _language(vocab_size=262, length=2048, num_latents=128, d_latents=1920, v_channels=1920)
+
+
+def language_bytes_512_latents() -> PerceiverIOConfig:
+    """Published ablation: 512 latents of 896 channels, 105.85M parameters (ours). IO T15, GLUE 80.92."""
+    return _language(vocab_size=262, length=2048, num_latents=512, d_latents=896, v_channels=896)
+
+
+# Classes by task, in the order of their indices; [] for STS-B, a number from 0 to 5. WNLI is left out, as in the paper.
+GLUE_TASKS: dict[str, list[str]] = {
+    "CoLA": ["unacceptable", "acceptable"],
+    "MNLI": ["entailment", "neutral", "contradiction"],
+    "MRPC": ["not_equivalent", "equivalent"],
+    "QNLI": ["entailment", "not_entailment"],
+    "QQP": ["not_duplicate", "duplicate"],
+    "RTE": ["entailment", "not_entailment"],
+    "SST-2": ["negative", "positive"],
+    "STS-B": [],
+}
+
+
+def glue_single_task() -> PerceiverIOConfig:
+    """Published: one GLUE task on bytes, a query and a two-layer tanh head of its own, 200.13M parameters (ours). IO 4.1,
+    F.4. The query is as wide as the language model's, 768 (T11; T6 says 1,280), so that all of the decoder is reused.
+    """
+    config = _language(vocab_size=262, length=2048)
+    config.output_query = {"kind": "tasks", "channels": 768}
+    config.postprocessor = {"kind": "classification", "hidden": 768}
+    config.num_labels = 2
+    return config
+
+
+def glue_multitask_query() -> PerceiverIOConfig:
+    """Published: eight GLUE tasks, a query and a head for each, 204.28M parameters (ours). IO 4.1, T2, T14: 81.8."""
+    config = glue_single_task()
+    config.output_query = {"kind": "tasks", "channels": 768, "num_tasks": len(GLUE_TASKS)}
+    config.postprocessor = {"kind": "multitask", "tasks": GLUE_TASKS, "hidden": 768}
+    return config
+
+
+def glue_shared_token() -> PerceiverIOConfig:
+    """Published: eight GLUE tasks, asked at the place of a first token they share, 205.85M parameters (ours). IO 4.1, T2,
+    T14: 81.5.
+    """
+    config = _language(vocab_size=262, length=2048)
+    config.postprocessor = {"kind": "multitask", "tasks": GLUE_TASKS, "hidden": 768, "at_first_token": True}
+    return config
+
+
+def glue_task_tokens() -> PerceiverIOConfig:
+    """Published: the same, and each task has a first token of its own, 205.85M parameters (ours). IO 4.1, T2, T14: 81.8.
+
+    The tokens are ids 262 to 269, after the bytes.
+    """
+    config = glue_shared_token()
+    config.vocab_size += len(GLUE_TASKS)
+    return config
+
+
 def imagenet_learned() -> PerceiverIOConfig:
     """Released: ImageNet, 1x1 convolution and learned positions, 62,255,848 parameters. imagenet_classification.ipynb."""
     position = {"kind": "trainable", "num_positions": 224 * 224, "channels": 256, "grid": [224, 224]}
@@ -48,13 +109,7 @@ def imagenet_fourier() -> PerceiverIOConfig:
 
 def imagenet_conv() -> PerceiverIOConfig:
     """Released: ImageNet, convolution and max-pool to 56x56, 48,646,522 parameters. imagenet_classification.ipynb."""
-    return _imagenet(
-        preprocessor={
-            "kind": "grid",
-            "stem": {"kind": "conv", "in_channels": 3, "channels": 64},
-            "position": {"kind": "fourier", "num_bands": 64, "max_resolution": [56, 56]},
-        }
-    )
+    return _imagenet(preprocessor=_conv_fourier())
 
 
 def imagenet_config_b() -> PerceiverIOConfig:
@@ -67,11 +122,28 @@ def imagenet_config_b() -> PerceiverIOConfig:
             "stem": {"kind": "conv1x1", "in_channels": 3, "channels": 256},
             "position": {"kind": "fourier", "num_bands": 64, "max_resolution": [224, 224]},
         },
-        num_blocks=1,
-        num_self_attends_per_block=16,
-        self_attention_widening_factor=4,
-        cross_attention_widening_factor=1,
+        **_CONFIG_B,
     )
+
+
+def imagenet_config_b_conv() -> PerceiverIOConfig:
+    """Published: the same after a convolution and max-pool, 212.38M parameters. IO A.2, T7: 86.4."""
+    return _imagenet(preprocessor=_conv_fourier(), **_CONFIG_B)
+
+
+def imagenet_fourier_average() -> PerceiverIOConfig:
+    """Published: imagenet_fourier read out from the mean latent, as in the original Perceiver, 42.14M parameters. IO T7."""
+    return _averaged(imagenet_fourier())
+
+
+def imagenet_learned_average() -> PerceiverIOConfig:
+    """Published: imagenet_learned read out from the mean latent, 55.95M parameters. IO T7, top-1 67.6."""
+    return _averaged(imagenet_learned())
+
+
+def imagenet_conv_average() -> PerceiverIOConfig:
+    """Published: imagenet_conv read out from the mean latent, 42.34M parameters. IO T7, top-1 77.4."""
+    return _averaged(imagenet_conv())
 
 
 def optical_flow() -> PerceiverIOConfig:
@@ -205,6 +277,26 @@ def multimodal_autoencoder_88x_label() -> PerceiverIOConfig:
     return _autoencoder(num_latents=784, label_weight=1.0)
 
 
+def starcraft_entities() -> PerceiverIOConfig:
+    """Published: 512 entities in and out, 32 latents, 3 self-attends, 6.63M parameters (ours). IO B, T5, T9.
+
+    Vectors of 256 channels without positions, each of which asks and gets 128 (T5; T6 says 128 in); absent ones are masked.
+    The latents' width is not stated: 512 needs 1.0 GFLOPs, the paper 0.93; 256 and 1,024 need 0.6 and 2.4.
+    """
+    return _imagenet(
+        num_latents=32,
+        d_latents=512,
+        num_blocks=1,
+        num_self_attends_per_block=3,
+        preprocessor=_one_modality("entities", {"kind": "points", "feature_channels": 256}),
+        output_query=_one_modality("entities", {"kind": "input"}),
+        postprocessor={
+            "kind": "multimodal",
+            "modalities": {"entities": {"kind": "projection", "num_outputs": 128}},
+        },
+    )
+
+
 def audioset_raw() -> PerceiverIOConfig:
     """Published: AudioSet's 527 labels from 32 frames and 61,440 samples, 13,024 x 487 inputs, 24.92M parameters. IO C,
     T10, mAP 43.3. 16 video bands follow from the width 487; those of the sound are not stated.
@@ -242,6 +334,41 @@ def original_perceiver_audioset_mel() -> PerceiverIOConfig:
     return _audioset(_spectrogram(), d_latents=512, dropout={"image": 0.3, "audio": 0.1}, **_TWO_READS)
 
 
+def original_perceiver_audioset_mel_augmented() -> PerceiverIOConfig:
+    """Published: the same before that, with SpecAugment in place of dropped spectrograms. P1 4.2, T3, mAP 43.2."""
+    return _audioset(_spectrogram(), d_latents=512, **_TWO_READS)
+
+
+def original_perceiver_audioset_raw_only() -> PerceiverIOConfig:
+    """Published: AudioSet from its sound alone, 27.63M parameters (ours). P1 T3, mAP 38.3."""
+    return _alone(_sound_patches())
+
+
+def original_perceiver_audioset_mel_only() -> PerceiverIOConfig:
+    """Published: AudioSet from its spectrogram alone, 27.17M parameters (ours). P1 T3, mAP 38.4."""
+    return _alone(_spectrogram())
+
+
+def original_perceiver_audioset_video_only() -> PerceiverIOConfig:
+    """Published: AudioSet from its video alone, 28.76M parameters (ours). P1 T3, mAP 25.8."""
+    return _alone(_video_patches())
+
+
+def original_perceiver_modelnet40() -> PerceiverIOConfig:
+    """Published: 40 classes of shapes from some 2,000 points each, 2 reads, 6 self-attends after each, 44.77M parameters
+    (ours). P1 4.3, T4, top-1 85.7. 1,120 is the highest frequency, so max_resolution is 2,240.
+    """
+    position = {"kind": "fourier", "num_bands": 64, "max_resolution": [2240, 2240, 2240]}
+    return _imagenet(
+        preprocessor={"kind": "points", "position": position},
+        num_labels=40,
+        num_blocks=2,
+        cross_attend_before_blocks=[0, 1],
+        cross_attend_sharing="after_first",
+        **_AVERAGE,
+    )
+
+
 def original_perceiver_imagenet() -> PerceiverIOConfig:
     """Published: the original Perceiver, 8 reads of 224x224 pixels, 44.91M parameters. P1 4.1, T7.
 
@@ -253,6 +380,36 @@ def original_perceiver_imagenet() -> PerceiverIOConfig:
 def original_perceiver_imagenet_unshared() -> PerceiverIOConfig:
     """Published ablation: the same without weight sharing, 326.24M parameters. P1 T7."""
     return _original(cross_attend_sharing="none", block_sharing="none")
+
+
+def original_perceiver_imagenet_learned() -> PerceiverIOConfig:
+    """Published: learned positions of 128 channels after the pixels, one read, 48.19M parameters (ours). P1 4.1, T2, top-1
+    70.9; they start at a scale of 1 (P1 B).
+    """
+    position = {
+        "kind": "trainable",
+        "num_positions": 224 * 224,
+        "channels": 128,
+        "grid": [224, 224],
+        "init_scale": 1.0,
+    }
+    return _imagenet(
+        preprocessor={"kind": "grid", "stem": {"kind": "pixels", "in_channels": 3}, "position": position}, **_AVERAGE
+    )
+
+
+def original_perceiver_imagenet_small() -> PerceiverIOConfig:
+    """Published: what P1 Fig. 5 varies: 2 reads, 4 self-attends after each, nothing shared, 512 x 512 latents, 15.26M
+    parameters (ours).
+    """
+    return _original(
+        d_latents=512,
+        num_blocks=2,
+        num_self_attends_per_block=4,
+        cross_attend_before_blocks=[0, 1],
+        cross_attend_sharing="none",
+        block_sharing="none",
+    )
 
 
 def _language(*, vocab_size: int, length: int, **changes: Any) -> PerceiverIOConfig:
@@ -272,6 +429,22 @@ def _pixels_fourier() -> dict[str, Any]:
         "stem": {"kind": "pixels", "in_channels": 3},
         "position": {"kind": "fourier", "num_bands": 64, "max_resolution": [224, 224]},
     }
+
+
+def _conv_fourier() -> dict[str, Any]:
+    return {
+        "kind": "grid",
+        "stem": {"kind": "conv", "in_channels": 3, "channels": 64},
+        "position": {"kind": "fourier", "num_bands": 64, "max_resolution": [56, 56]},
+    }
+
+
+_CONFIG_B: dict[str, Any] = {
+    "num_blocks": 1,
+    "num_self_attends_per_block": 16,
+    "self_attention_widening_factor": 4,
+    "cross_attention_widening_factor": 1,
+}
 
 
 def _imagenet(**changes: Any) -> PerceiverIOConfig:
@@ -352,6 +525,17 @@ def _autoencoder(*, num_latents: int, label_weight: float = 0.0001) -> Perceiver
 
 
 _AVERAGE: dict[str, Any] = {"output_query": None, "postprocessor": {"kind": "average"}}
+
+
+def _averaged(config: PerceiverIOConfig) -> PerceiverIOConfig:
+    config.output_query, config.postprocessor = _AVERAGE["output_query"], _AVERAGE["postprocessor"]
+    return config
+
+
+def _one_modality(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "multimodal", "min_padding_size": 0, "modalities": {name: spec}}
+
+
 _TWO_READS: dict[str, Any] = {
     **_AVERAGE,
     "num_blocks": 2,
@@ -364,11 +548,6 @@ _TWO_READS: dict[str, Any] = {
 
 def _audioset(audio: dict[str, Any], *, dropout: dict[str, float] | None = None, **changes: Any) -> PerceiverIOConfig:
     """Sound and 32 frames of 224x224 in patches of 2x8x8; 30 % of the videos are dropped in training (P1 4.2)."""
-    video = {
-        "kind": "grid",
-        "stem": {"kind": "patches", "in_channels": 3, "spatial_downsample": 8, "temporal_downsample": 2},
-        "position": {"kind": "fourier", "num_bands": 16, "max_resolution": [16, 28, 28]},
-    }
     fields: dict[str, Any] = {
         "num_blocks": 1,
         "num_self_attends_per_block": 12,
@@ -378,10 +557,24 @@ def _audioset(audio: dict[str, Any], *, dropout: dict[str, float] | None = None,
             "kind": "multimodal",
             "min_padding_size": 4,
             "dropout_probs": dropout or {"image": 0.3},
-            "modalities": {"audio": audio, "image": video},
+            "modalities": {"audio": audio, "image": _video_patches()},
         },
     }
     return _imagenet(**{**fields, **changes})
+
+
+def _alone(preprocessor: dict[str, Any]) -> PerceiverIOConfig:
+    config = original_perceiver_audioset_raw()
+    config.preprocessor = preprocessor
+    return config
+
+
+def _video_patches() -> dict[str, Any]:
+    return {
+        "kind": "grid",
+        "stem": {"kind": "patches", "in_channels": 3, "spatial_downsample": 8, "temporal_downsample": 2},
+        "position": {"kind": "fourier", "num_bands": 16, "max_resolution": [16, 28, 28]},
+    }
 
 
 def _sound_patches() -> dict[str, Any]:
@@ -400,11 +593,6 @@ def _spectrogram() -> dict[str, Any]:
     }
 
 
-def _original(**sharing: Any) -> PerceiverIOConfig:
-    return _imagenet(
-        preprocessor=_pixels_fourier(),
-        output_query=None,
-        postprocessor={"kind": "average"},
-        cross_attend_before_blocks=list(range(8)),
-        **sharing,
-    )
+def _original(**changes: Any) -> PerceiverIOConfig:
+    fields = {"preprocessor": _pixels_fourier(), "cross_attend_before_blocks": list(range(8)), **_AVERAGE}
+    return _imagenet(**{**fields, **changes})
