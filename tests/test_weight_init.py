@@ -2,13 +2,15 @@ import math
 
 import pytest
 import torch
-from helpers import CLASSES, TINY, config_of, fourier, grid, tiny
+from helpers import CLASSES, PIXELS, TINY, VOCAB, config_of, fourier, grid, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModel
 
 from hf_perceiver import PerceiverIOForMaskedLM, PerceiverIOForSequenceClassification, PerceiverIOModel
 from hf_perceiver.attention import MLP, Attention
-from hf_perceiver.weight_init import TRUNCATED_STD, spread_positions
+from hf_perceiver.position_encoding import FourierPositionEncoding
+from hf_perceiver.weight_init import TRUNCATED_STD, around, neighbours, spread_latents
 
 
 def wide(**changes):
@@ -189,90 +191,202 @@ def test_a_new_head_is_drawn_as_in_training(tmp_path):
 # --- aligned to positions
 
 
-def aligned(initializer="position_aligned", positions=128, **changes):
-    position = {"kind": "fourier", "num_bands": 32, "max_resolution": [positions], "rule": "index"}
+def aligned(**changes):
+    """Text of 128 bytes, 64 latents of 128 channels, 2 self-attends, 8 heads."""
+    position = fourier(128, bands=16, rule="index")
     fields = {
         "num_latents": 64,
         "d_latents": 128,
         "num_blocks": 1,
-        "num_self_attends_per_block": 0,
-        "num_cross_attention_heads": 4,
-        "decoder_num_heads": 4,
+        "num_self_attention_heads": 8,
+        "num_cross_attention_heads": 8,
+        "decoder_num_heads": 8,
         "qk_channels": 128,
         "v_channels": 128,
         "preprocessor": {"kind": "text", "channels": 63, "position": position, "combine": "concat"},
         "output_query": {"kind": "position", "position": position},
         "postprocessor": {"kind": "tokens", "tied": False},
-        "initializer": initializer,
+        "initializer": "position_aligned",
     }
-    model = PerceiverIOModel(config_of(**{**fields, **changes})).eval()
-    model.set_attn_implementation("eager")
-    return model
+    return config_of(**{**fields, **changes})
 
 
-def mean_distance(weights, queries, keys):
-    """How far from its own place a query looks, in [-1, 1]; two random places are 2/3 apart."""
-    return (weights * (queries[:, None] - keys[None]).abs()).sum(-1).mean().item()
+def on_grid(stem, position, heads, **changes):
+    sides = {"preprocessor": grid(stem, position), "output_query": {"kind": "input"}}
+    fields = {"num_self_attention_heads": 8, "num_cross_attention_heads": heads, "decoder_num_heads": heads}
+    post = {"kind": "projection", "num_outputs": 2}
+    return aligned(**fields, **sides, postprocessor=post, **changes)
 
 
-def distances(model, positions=128):
-    """Of the first read and of the decoder."""
-    with torch.no_grad():
-        attentions = model(input_ids=torch.randint(6, 30, (2, positions)), output_attentions=True).cross_attentions
-    x = -1 + 2 * torch.arange(positions) / positions
-    z = (torch.arange(64) + 0.5) / 64 * 2 - 1
-    return mean_distance(attentions[0], z, x), mean_distance(attentions[-1], x, z)
+FRAMES = {"kind": "patches", "in_channels": 3, "temporal_downsample": 2, "project": 40}
+VIDEO = {"kind": "pixels", "in_channels": 3}
+# name -> config, an input, its elements along each axis, and the cells that the latents cut them into
+ALIGNED = {
+    "text": (aligned(), {"input_ids": torch.randint(6, VOCAB, (2, 128))}, (128,), (64,)),
+    "text, one head": (
+        aligned(num_cross_attention_heads=1, decoder_num_heads=1, num_latents=32),
+        {"input_ids": torch.randint(6, VOCAB, (2, 128))},
+        (128,),
+        (32,),
+    ),
+    "image": (
+        on_grid(PIXELS, fourier(12, 16, bands=8), 4, num_latents=48),
+        {"pixel_values": torch.randn(2, 3, 12, 16)},
+        (12, 16),
+        (6, 8),
+    ),
+    "flow": (
+        on_grid(FRAMES, fourier(8, 12, bands=6), 8, num_latents=24),
+        {"pixel_values": torch.randn(2, 2, 3, 8, 12)},
+        (8, 12),
+        (4, 6),
+    ),
+    "video": (
+        on_grid(VIDEO, fourier(8, 6, 8, bands=5), 8, num_latents=48),
+        {"pixel_values": torch.randn(2, 8, 3, 6, 8)},
+        (8, 6, 8),
+        (4, 3, 4),
+    ),
+}
 
 
-def test_attention_is_local_at_the_start():
-    usual = distances(aligned("deepmind"))
-    assert min(usual) > 0.6  # near 2/3: anywhere
-    read, ask = distances(aligned())
-    # Measured 0.08 and 0.39; after self-attends the decoder's is nearer to the usual.
-    assert read < 0.15
-    assert ask < 0.5
+def cells_of(sides, cuts):
+    """Middles of the cells that each axis is cut into, in elements."""
+    return torch.cartesian_prod(
+        *[(torch.arange(cut) + 0.5) * side / cut - 0.5 for side, cut in zip(sides, cuts, strict=True)]
+    ).view(-1, len(sides))
 
 
-def test_every_read_of_several_is_local():
-    model = aligned(num_blocks=2, cross_attend_before_blocks=[0, 1], cross_attend_sharing="none")
-    with torch.no_grad():
-        reads = model(input_ids=torch.randint(6, 30, (2, 128)), output_attentions=True).cross_attentions[:2]
-    x, z = -1 + 2 * torch.arange(128) / 128, (torch.arange(64) + 0.5) / 64 * 2 - 1
-    assert mean_distance(reads[0], z, x) < 0.15
-    assert mean_distance(reads[1], z, x) < 0.5
+def share_near(weights, queries, keys, offsets, reach):
+    """(heads, N, M), places in elements -> (heads,) mean attention within `reach` of query + offset, there is a key."""
+    shares = []
+    for head, offset in zip(weights, offsets, strict=False):
+        away = (keys[None] - (queries + offset)[:, None]).abs()
+        near = (away <= reach + 1e-4).all(-1)
+        inside = near.any(-1)
+        assert inside.any()
+        shares.append((head * near).sum(-1)[inside].mean())
+    return torch.stack(shares)
 
 
-def test_images_are_read_locally_too():
-    stem = {"kind": "pixels", "in_channels": 3}
-    fields = {
-        "num_latents": 16,
-        "d_latents": 64,
-        "num_cross_attention_heads": 1,
-        "preprocessor": grid(stem, fourier(8, 8, bands=8)),
-    }
-    config = config_of(initializer="position_aligned", **fields, **CLASSES)
+def attentions(config, inputs, seed=0):
+    torch.manual_seed(seed)
     model = PerceiverIOModel(config).eval()
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        weights = model(pixel_values=torch.randn(1, 3, 8, 8), output_attentions=True).cross_attentions[0][0, 0]
-    side = torch.linspace(-1, 1, 8)
-    pixels = torch.cartesian_prod(side, side)
-    reached = weights @ pixels  # where each latent looks on average
-    assert (reached - spread_positions(16, 2)).norm(dim=-1).mean() < 0.4
+        outputs = model(**inputs, output_attentions=True)
+    return [w.mean(0) for w in (outputs.cross_attentions[0], outputs.attentions[-1], outputs.cross_attentions[-1])]
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_every_head_begins_with_a_place_of_its_own(name):
+    """Reads, the last self-attend and the decoder; a head that knew no places would have 0.01 to 0.2 there."""
+    config, inputs, sides, cuts = ALIGNED[name]
+    read, think, ask = attentions(config, inputs)
+    elements, latents = cells_of(sides, sides), cells_of(sides, cuts)
+    cell = torch.tensor(sides) / torch.tensor(cuts)
+    step = (cell / 2).clamp(min=1)
+    corners = around(config.num_cross_attention_heads, len(sides))
+    widths = torch.where(corners == 0, cell, step)
+    # Half the distance to the next head's place; where there is none, the latent's own cell.
+    reads = share_near(read, latents, elements, corners * step, widths.amax(0) / 2)
+    steps = neighbours(config.num_self_attention_heads, torch.tensor(cuts))
+    thinks = share_near(think, latents, latents, steps * cell, cell / 2)
+    asks = share_near(ask, elements, latents, around(config.decoder_num_heads, len(sides)) * cell, cell)
+    assert reads.min() > 0.4
+    assert len(steps) >= 6 and thinks.min() > 0.4
+    assert asks.min() > 0.4
+
+
+def test_heads_beyond_the_neighbours_stay_free():
+    config, inputs, sides, cuts = ALIGNED["text"]
+    _, think, _ = attentions(config, inputs)
+    assert len(neighbours(8, torch.tensor(cuts))) == 6
+    largest = think.amax(-1).mean(-1)
+    assert largest[:6].min() > 0.4 and largest[6:].max() < 0.3
+
+
+def test_every_read_of_several_is_local():
+    config, inputs, sides, cuts = ALIGNED["text"]
+    several = aligned(num_blocks=2, cross_attend_before_blocks=[0, 1], cross_attend_sharing="none")
+    torch.manual_seed(0)
+    model = PerceiverIOModel(several).eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        reads = model(**inputs, output_attentions=True).cross_attentions[:2]
+    for read in reads:
+        near = share_near(read.mean(0), cells_of(sides, cuts), cells_of(sides, sides), around(8, 1), 0.5)
+        assert near.min() > 0.5
+
+
+def test_codes_are_as_large_as_half_of_a_latent_and_layers_add_little():
+    model = PerceiverIOModel(aligned()).eval()
+    with torch.no_grad():
+        states = model(input_ids=torch.randint(6, VOCAB, (2, 128)), output_hidden_states=True).hidden_states
+    assert model.encoder.latents.weight.square().mean().item() == pytest.approx(0.5, rel=0.05)
+    # Three layers add 0.5 in all, whatever their number: see ADDED_POWER.
+    assert 0.7 < states[-1].square().mean().item() < 1.3
+
+
+def test_class_queries_and_their_decoder_are_deepminds():
+    config = aligned(preprocessor=grid(PIXELS, fourier(8, 8, bands=8)), **CLASSES)
+    model = PerceiverIOModel(config)
+    assert_truncated_normal(model.decoder.cross_attend.cross_attn.q_proj.weight, 16**-0.5 / TRUNCATED_STD)
+    assert model.output_query.task_queries.abs().max() <= 0.04
 
 
 def test_an_aligned_model_is_loaded_as_it_was_saved(tmp_path):
-    model = aligned()
+    model = PerceiverIOModel(aligned())
     with torch.no_grad():
-        model.encoder.latents.weight.add_(1.0)
+        for parameter in model.parameters():
+            parameter.add_(1.0)
     model.save_pretrained(tmp_path)
     loaded = PerceiverIOModel.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
-def test_aligned_models_can_be_made_on_the_meta_device():
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.latents.weight",
+        "encoder.cross_attends.0.cross_attn.k_proj.weight",
+        "encoder.blocks.0.1.self_attn.q_proj.weight",
+        "encoder.blocks.0.0.mlp.down_proj.weight",
+        "decoder.cross_attend.cross_attn.q_proj.weight",
+    ],
+)
+def test_alignment_leaves_alone_what_a_checkpoint_has(name, tmp_path):
+    source = PerceiverIOModel(aligned())
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.fill_(7.0)
+    without(source, tmp_path, name)
+    for parameter, value in PerceiverIOModel.from_pretrained(tmp_path).named_parameters():
+        assert (value == 7).all() == (parameter != name), parameter
+
+
+def test_a_new_head_goes_on_an_aligned_checkpoint(tmp_path):
+    source = PerceiverIOForMaskedLM(aligned(tie_word_embeddings=False))
+    source.save_pretrained(tmp_path)
+    model = PerceiverIOForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert torch.equal(model.perceiver.encoder.latents.weight, source.perceiver.encoder.latents.weight)
+    q = "encoder.cross_attends.0.cross_attn.q_proj.weight"
+    assert torch.equal(model.perceiver.get_parameter(q), source.perceiver.get_parameter(q))
+
+
+def test_aligned_models_can_be_made_in_half_precision_and_on_the_meta_device():
+    half = AutoModel.from_config(aligned(), dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 and torch.isfinite(p).all() for p in half.parameters())
     with torch.device("meta"):
-        assert aligned().device.type == "meta"
+        assert PerceiverIOModel(aligned()).device.type == "meta"
+
+
+def test_aligned_models_follow_the_seed():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        models.append(PerceiverIOModel(aligned()))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
 
 
 @pytest.mark.parametrize("name", ["language", "multimodal", "imagenet_learned", "added_positions", "vector"])
@@ -283,18 +397,69 @@ def test_alignment_without_a_fourier_code_is_refused(name):
         tiny(name).model(large=False, initializer="position_aligned")
 
 
-def test_alignment_to_a_code_wider_than_the_latents_is_refused():
-    with pytest.raises(ValueError, match=r"at most as wide as the latents \(64\); its width here: 65"):
-        aligned(d_latents=64, qk_channels=64, v_channels=64)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_latents": 32, "qk_channels": 32, "v_channels": 32}, r"at most as wide as the latents \(32\).* here: 33"),
+        ({"sine_only": True}, "with cosines and with max_resolution; here sine_only=True"),
+        ({"max_resolution": None, "num_axes": 1, "rule": "dense"}, "max_resolution=None. Set them"),
+        ({"use_query_residual": False}, "needs use_query_residual=True"),
+    ],
+)
+def test_what_cannot_be_aligned_is_refused(changes, message):
+    config = aligned()
+    for name, value in changes.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+        else:
+            config.preprocessor["position"][name] = config.output_query["position"][name] = value
+    with pytest.raises(ValueError, match=message):
+        PerceiverIOModel(config)
 
 
-@pytest.mark.parametrize(("count", "axes"), [(1, 1), (64, 1), (7, 1), (16, 2), (10, 2), (27, 3), (20, 3)])
-def test_positions_are_spread_evenly(count, axes):
-    spread = spread_positions(count, axes)
-    assert spread.shape == (count, axes)
-    assert spread.abs().max() < 1
-    assert spread.mean(dim=0).abs().max() < 0.5 if count > 1 else True
-    if count > 1:
-        # No two on one place, none farther apart than a sparse grid would have it.
-        gaps = torch.cdist(spread, spread).fill_diagonal_(9).amin(dim=1)
-        assert gaps.min() > 0.4 * 2 / count ** (1 / axes)
+@pytest.mark.parametrize(
+    ("count", "sides", "cuts"),
+    [
+        (64, (128,), (64,)),
+        (7, (10,), (7,)),
+        (1, (8, 8), (1, 1)),
+        (48, (12, 16), (6, 8)),
+        (32, (8, 8), (4, 8)),
+        (2048, (368, 496), (32, 64)),
+        (784, (16, 56, 56), (4, 14, 14)),
+        (20, (1, 4, 5), (1, 4, 5)),
+        (10, (8, 8), None),
+        (20, (8, 8, 8), None),
+    ],
+)
+def test_latents_are_spread_evenly(count, sides, cuts):
+    code = FourierPositionEncoding(num_bands=4, max_resolution=sides)
+    places, cells = spread_latents(count, code)
+    assert places.shape == (count, len(sides)) and places.abs().max() <= 1
+    elements = (places + 1) * (torch.tensor(sides) - 1) / 2
+    if cuts is not None:
+        assert cells.tolist() == list(cuts)
+        torch.testing.assert_close(elements, cells_of(sides, cuts), rtol=0, atol=1e-4)
+        return
+    # A Kronecker sequence: no two on one place, none farther from the next than a sparse grid would have it.
+    assert cells.prod().item() == pytest.approx(count, rel=1e-4)
+    gaps = torch.cdist(elements, elements).fill_diagonal_(99).amin(dim=1)
+    assert gaps.min() > 0.4 * sides[0] / count ** (1 / len(sides))
+
+
+def test_places_around_one():
+    assert sorted(around(6, 1)[:, 0].tolist()) == [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]
+    assert around(1, 2).tolist() == [[0, 0]]
+    assert sorted(around(3, 2).tolist()) == [[0, -0.5], [0, 0], [0, 0.5]]
+    assert {tuple(row.abs().tolist()) for row in around(8, 2)} == {(0.5, 0.5), (1.5, 1.5)}
+    assert len(around(8, 3).unique(dim=0)) == 8 and (around(8, 3).abs() == 0.5).all()
+
+
+def test_neighbours_are_whole_rings_along_axes_that_are_cut():
+    assert neighbours(8, torch.tensor([64]))[:, 0].tolist() == [-1, 1, -2, 2, -4, 4]
+    assert len(neighbours(1, torch.tensor([64]))) == 0
+    ring = neighbours(8, torch.tensor([6, 8]))
+    assert len(ring.unique(dim=0)) == 8 and (ring.abs().amax(1) == 1).all()
+    assert len(neighbours(8, torch.tensor([2, 3, 4]))) == 6  # the faces of a cube; its corners are eight more
+    assert (neighbours(8, torch.tensor([1, 6, 8]))[:, 0] == 0).all()
+    assert len(neighbours(8, torch.tensor([1, 1]))) == 0

@@ -43,7 +43,7 @@ from .byte_masking import (
     mask_words,
 )
 from .documentation import Documentation, read_documentation
-from .local_start import start_local
+from .first_guess import start_from_frequencies
 from .ngram import WHITESPACE, ByteNGram
 from .storage import save_halved, write_text
 
@@ -171,7 +171,7 @@ def train(
     # In bfloat16 on a CPU the fused attention's backward pass is several times slower than the plain one.
     model.set_attn_implementation("eager")
     text = "\n".join(d.text for d in documentation.train).encode()
-    start_local(model, np.bincount(np.frombuffer(text, np.uint8), minlength=256))
+    start_from_frequencies(model, np.bincount(np.frombuffer(text, np.uint8), minlength=256))
     optimizer = _optimizer(model, settings)
     run: dict[str, Any] = {"step": 0, "seconds": 0.0, "steps": steps, "curve": [], "text": documentation.sha256()}
     if resume:
@@ -434,8 +434,8 @@ Made from {versions}.
 {steps:,} steps of {batch_size} windows in {minutes:.0f} minutes on {threads} CPU thread(s), PyTorch {metrics["torch"]},
 bfloat16 autocast. AdamW at {settings["learning_rate"]:g}, rising over {warmup} steps, falling over the last quarter.
 Single bytes alone for {begin:,} steps, then more and more whole words, {share:.0%} of the windows from step
-{all_by:,} on. Position-aligned initialisation, and each head begins with a neighbour of its own
-(`hf_perceiver.training.local_start`). All settings: `metrics.json`; the course: `learning_curve.csv`.{note}
+{all_by:,} on. Position-aligned initialisation; the first guess is the bytes' frequencies
+(`hf_perceiver.training.first_guess`). All settings: `metrics.json`; the course: `learning_curve.csv`.{note}
 
 ```
 python -m hf_perceiver.training.train_language --output DIR --seed {settings["seed"]} --steps {steps}
