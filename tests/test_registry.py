@@ -16,7 +16,7 @@ from hf_perceiver.registry import (
 
 # What ships; a kind that goes is a checkpoint that no longer loads.
 KINDS = {
-    "stem": (STEMS, {"pixels", "conv", "conv1x1", "patches", "audio_patches", "values"}),
+    "stem": (STEMS, {"pixels", "conv", "conv1x1", "patches", "audio_patches", "spectrogram", "permuted", "values"}),
     "position encoding": (POSITION_ENCODINGS, {"fourier", "trainable", "projected", "none"}),
     "preprocessor": (PREPROCESSORS, {"text", "grid", "vector", "points", "multimodal"}),
     "output query": (OUTPUT_QUERIES, {"position", "tasks", "input", "multimodal"}),

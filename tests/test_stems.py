@@ -36,6 +36,13 @@ EVERY = {
         (2, 2, 3),
     ),
     "patches, frame pair": ({"in_channels": 2, "temporal_downsample": 2, "project": 5}, (3, 2, 2, 3, 5), (3, 5)),
+    "patches, windows": (
+        {"in_channels": 2, "spatial_downsample": 2, "kernel_size": 5, "project": 5, "normalize": True},
+        (3, 2, 2, 4, 6),
+        (2, 2, 3),
+    ),
+    "permuted": ({"stem": {"kind": "pixels", "in_channels": 2}, "grid": [5, 7]}, (3, 2, 5, 7), (5, 7)),
+    "permuted, video": ({"stem": {"kind": "conv1x1", "in_channels": 2}, "grid": [5, 7]}, (3, 2, 2, 5, 7), (2, 5, 7)),
     "audio_patches": ({"samples_per_patch": 4}, (3, 12, 1), (3,)),
     "values": ({"channels": 5}, (3, 2, 3, 5), (2, 3)),
     "values, sequence": ({"channels": 5}, (3, 7, 5), (7,)),
@@ -176,6 +183,31 @@ def test_exact_sizes_are_multiples_of_the_whole_stride():
         stem("conv", channels=4, num_layers=2, exact_sizes=True)(torch.randn(1, 3, 8, 20))
 
 
+# --- permuted
+
+
+def test_every_image_and_channel_is_permuted_alike_before_the_stem():
+    module, x = stem("permuted", stem={"kind": "pixels"}, grid=[4, 5], seed=3), torch.randn(2, 3, 4, 5)
+    got = module(x).flatten(1, 2)  # (B, 20, 3)
+    assert torch.equal(got, x.flatten(2).transpose(1, 2)[:, module.permutation])
+    assert sorted(module.permutation.tolist()) == list(range(20)) and not torch.equal(got, got.sort(dim=1).values)
+
+
+def test_the_permutation_is_kept_with_the_weights_and_the_same_for_its_seed():
+    """Kept, so that no other version of torch can draw another one."""
+    spec = {"stem": {"kind": "pixels"}, "grid": [4, 5]}
+    module, other = stem("permuted", **spec, seed=3), stem("permuted", **spec, seed=4)
+    assert torch.equal(stem("permuted", **spec, seed=3).permutation, module.permutation)
+    assert not torch.equal(other.permutation, module.permutation)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.permutation, module.permutation)
+
+
+def test_pixels_are_permuted_on_their_own_grid_only():
+    with pytest.raises(ValueError, match=r"permuted on a grid of 4x5, and the input is \(1, 3, 5, 4\)"):
+        stem("permuted", stem={"kind": "pixels"}, grid=[4, 5])(torch.randn(1, 3, 5, 4))
+
+
 # --- conv1x1
 
 
@@ -212,6 +244,52 @@ def test_patches_can_be_projected():
     patches = stem("patches", spatial_downsample=2)(x)
     assert module.channels == 5
     torch.testing.assert_close(module(x), patches @ module.linear.weight.T + module.linear.bias)
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [(6, 2), (5, 2), (2, 2), (3, 1)])
+def test_windows_are_torchs_unfold_of_each_frame_by_one_linear_then_frames_are_merged(kernel_size, stride):
+    module = stem(
+        "patches", spatial_downsample=stride, temporal_downsample=2, project=5, kernel_size=kernel_size, normalize=True
+    )
+    x = torch.randn(3, 4, 3, 6, 8)  # (B, T, C, H, W)
+    before, after = (kernel_size - stride) // 2, (kernel_size - stride + 1) // 2
+    padded = torch.nn.functional.pad(x.flatten(0, 1), (before, after, before, after))
+    columns = torch.nn.functional.unfold(padded, kernel_size, stride=stride)  # (B * T, C * k * k, places)
+    pixels = columns.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # channels last, as in patches
+    want = module.norm(module.linear(pixels))
+    want = want.unflatten(1, (6 // stride, 8 // stride)).unflatten(0, (3, 2, 2))  # (B, T / 2, 2, h, w, 5)
+    got = module(x)
+    assert module.channels == 10 and got.shape == (3, 2, 6 // stride, 8 // stride, 10)
+    # The norm divides by deviations of about 0.5; what is left is float32's.
+    torch.testing.assert_close(got, want.permute(0, 1, 3, 4, 2, 5).flatten(4), rtol=1e-5, atol=1e-5)
+
+
+def test_windows_of_an_image_and_of_a_frame_pair_stand_on_its_grid():
+    module = stem("patches", spatial_downsample=4, project=7, kernel_size=10)
+    assert module(torch.randn(2, 3, 8, 12)).shape == (2, 2, 3, 7)
+    pair = stem("patches", spatial_downsample=4, temporal_downsample=2, project=7, kernel_size=10)
+    assert pair(torch.randn(2, 2, 3, 8, 12)).shape == (2, 2, 3, 14)
+    with pytest.raises(ValueError, match="a grid of 2x8x10 does not divide into patches of 2x4x4"):
+        pair(torch.randn(2, 2, 3, 8, 10))
+
+
+def test_windows_as_large_as_patches_are_patches():
+    module, windows = (
+        stem("patches", spatial_downsample=2, project=5, **options) for options in ({}, {"kernel_size": 2})
+    )
+    windows.load_state_dict(module.state_dict())
+    x = torch.randn(2, 3, 4, 6)
+    assert torch.equal(windows(x), module(x))
+
+
+def test_without_windows_a_patch_stem_has_the_weights_it_had():
+    plain = stem("patches", spatial_downsample=2, temporal_downsample=2, project=5)
+    assert {name: tuple(value.shape) for name, value in plain.state_dict().items()} == {
+        "linear.weight": (5, 24),
+        "linear.bias": (5,),
+    }
+    normed = stem("patches", spatial_downsample=2, project=5, normalize=True)
+    assert set(normed.state_dict()) == {"linear.weight", "linear.bias", "norm.weight", "norm.bias"}
 
 
 @pytest.mark.parametrize(
@@ -303,6 +381,14 @@ def test_inputs_of_another_shape_are_refused(kind, options, shape, message):
         ("audio_patches", {"samples_per_patch": 0}, "'samples_per_patch' .* must be at least 1, not 0"),
         ("conv", {"padding": "valid"}, "padding='valid' must be one of same, builtin"),
         ("conv", {"channels": "64"}, "option 'channels' of stem kind 'conv' must be of type int, not '64'"),
+        (
+            "patches",
+            {"spatial_downsample": 4, "project": 8, "kernel_size": 3},
+            "kernel_size=3 leaves pixels out between windows that are 4 apart; give at least spatial_downsample=4",
+        ),
+        ("patches", {"kernel_size": 0, "project": 8}, "'kernel_size' .* must be at least 1, not 0"),
+        ("patches", {"kernel_size": 5}, "kernel_size acts on what is projected; give project"),
+        ("patches", {"normalize": True}, "normalize acts on what is projected; give project"),
         ("values", {}, "stem kind 'values' needs the option 'channels'"),
         ("pixel", {}, "unknown stem kind 'pixel'; known kinds: audio_patches, conv, conv1x1"),
     ],

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -164,6 +165,10 @@ class PatchStem(ImageStem):
 
     `project` adds a linear to that many channels. One frame left after temporal downsampling becomes an image, as in
     the flow model. Raises ValueError for sizes that are no multiple of the patch.
+
+    kernel_size: windows of so many pixels a side around each patch, which overlap, with zeros outside the frame. Each
+    frame's are projected by themselves, all by one linear, so what frames show can be compared; then frames are merged:
+    (t, project) channels. normalize: a LayerNorm follows the linear.
     """
 
     def __init__(
@@ -173,25 +178,47 @@ class PatchStem(ImageStem):
         spatial_downsample: int = 1,
         temporal_downsample: int = 1,
         project: int | None = None,
+        kernel_size: int | None = None,
+        normalize: bool = False,
     ):
         super().__init__(in_channels)
         _check_positive(spatial_downsample=spatial_downsample, temporal_downsample=temporal_downsample)
+        if kernel_size is not None:
+            _check_positive(kernel_size=kernel_size)
+            if kernel_size < spatial_downsample:
+                raise ValueError(
+                    f"kernel_size={kernel_size} leaves pixels out between windows that are {spatial_downsample} apart; "
+                    f"give at least spatial_downsample={spatial_downsample}"
+                )
+        if not project and (normalize or kernel_size is not None):
+            option = "normalize" if normalize else "kernel_size"
+            raise ValueError(f"{option} acts on what is projected; give project=..., the number of channels")
         self.spatial_downsample, self.temporal_downsample = spatial_downsample, temporal_downsample
-        width = in_channels * spatial_downsample**2 * temporal_downsample
+        self.kernel_size = kernel_size
+        of_frame = in_channels * (kernel_size or spatial_downsample) ** 2
+        width = of_frame * (1 if kernel_size else temporal_downsample)
         self.linear = nn.Linear(width, project) if project else None
-        self.channels = project or width
+        self.norm = nn.LayerNorm(project) if project and normalize else None
+        self.channels = (project or width) * (temporal_downsample if kernel_size else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.channels_last(x)
-        if x.ndim == 4:
-            if self.temporal_downsample != 1:
-                raise ValueError(f"temporal_downsample={self.temporal_downsample} needs a video, not an image")
-            x = space_to_depth(x, (self.spatial_downsample,) * 2)
+        if x.ndim == 4 and self.temporal_downsample != 1:
+            raise ValueError(f"temporal_downsample={self.temporal_downsample} needs a video, not an image")
+        block: tuple[int, ...] = (self.spatial_downsample,) * 2
+        if x.ndim == 5:
+            block = (self.temporal_downsample, *block)
+        if self.kernel_size is None:
+            x = self._project(space_to_depth(x, block))
         else:
-            x = space_to_depth(x, (self.temporal_downsample, self.spatial_downsample, self.spatial_downsample))
-            if x.shape[1] == 1:
-                x = x[:, 0]
-        return x if self.linear is None else self.linear(x)
+            check_divides(x.shape[1:-1], block)
+            x = self._project(windows(x, self.kernel_size, self.spatial_downsample))
+            x = space_to_depth(x, (self.temporal_downsample, 1, 1)) if x.ndim == 5 else x
+        return x[:, 0] if x.ndim == 5 and x.shape[1] == 1 else x
+
+    def _project(self, x: Tensor) -> Tensor:
+        x = x if self.linear is None else self.linear(x)
+        return x if self.norm is None else self.norm(x)
 
 
 @register_stem("audio_patches")
@@ -246,6 +273,43 @@ class SpectrogramStem(Stem):
         return mask[..., None].expand(-1, -1, x.shape[2]) if mask.shape[1:] == x.shape[1:2] else mask
 
 
+@register_stem("permuted")
+class PermutedStem(Stem):
+    """Another stem behind one permutation of the pixels, the same for every image: what stood at place p[i] comes to i.
+
+    Positions stay with the places. The permutation of `grid`, (height, width), is drawn from `seed` and kept with the
+    weights. Raises ValueError for images of another size. Source: Perceiver, section 4.1, permuted ImageNet, where the
+    positions are made first and move with the pixels; for a Perceiver that would change nothing.
+    """
+
+    def __init__(self, *, stem: dict, grid: Sequence[int], seed: int = 1):
+        super().__init__()
+        self.stem: Stem = STEMS.build(stem)  # type: ignore[assignment]
+        self.channels = self.stem.channels
+        self.grid = tuple(grid)
+        # Buffers are not drawn anew where weights are loaded onto the meta device, so this one is never there.
+        self.permutation: Tensor
+        self.register_buffer("permutation", draw_permutation(math.prod(self.grid), seed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) != self.grid:
+            raise ValueError(
+                f"pixels are permuted on a grid of {'x'.join(map(str, self.grid))}, and the input is {tuple(x.shape)}; "
+                "resize it to that grid"
+            )
+        return self.stem(permute_places(x, self.permutation))
+
+
+def draw_permutation(length: int, seed: int) -> Tensor:
+    """(length,) on the CPU, the same for the same seed"""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
+def permute_places(x: Tensor, permutation: Tensor) -> Tensor:
+    """(..., H, W) -> the same shape, with what stood at flat place permutation[i] at place i"""
+    return x.flatten(-2)[..., permutation].unflatten(-1, x.shape[-2:])
+
+
 @register_stem("values")
 class ValueStem(Stem):
     """Features that already stand on a grid, channels last: (B, n_1, ..., n_d, channels) as it is."""
@@ -263,17 +327,29 @@ class ValueStem(Stem):
 def space_to_depth(x: Tensor, block: Sequence[int]) -> Tensor:
     """(B, n_1, ..., n_d, C) -> (B, n_1 / b_1, ..., n_d / b_d, b_1 * ... * b_d * C), block offsets before channels"""
     grid = x.shape[1:-1]
+    check_divides(grid, block)
+    d = len(grid)
+    split = [size for n, b in zip(grid, block, strict=True) for size in (n // b, b)]
+    x = x.reshape(x.shape[0], *split, x.shape[-1])
+    outer, inner = [1 + 2 * i for i in range(d)], [2 + 2 * i for i in range(d)]
+    return x.permute(0, *outer, *inner, 2 * d + 1).flatten(d + 1)
+
+
+def check_divides(grid: Sequence[int], block: Sequence[int]) -> None:
+    """Raise ValueError, with the nearest sizes, unless a grid is a whole number of blocks along each axis."""
     if any(n % b for n, b in zip(grid, block, strict=True)) or not all(grid):
         nearest = "x".join(str(max(n // b, 1) * b) for n, b in zip(grid, block, strict=True))
         raise ValueError(
             f"a grid of {'x'.join(map(str, grid))} does not divide into patches of {'x'.join(map(str, block))}; "
             f"resize or crop it, for instance to {nearest}"
         )
-    d = len(grid)
-    split = [size for n, b in zip(grid, block, strict=True) for size in (n // b, b)]
-    x = x.reshape(x.shape[0], *split, x.shape[-1])
-    outer, inner = [1 + 2 * i for i in range(d)], [2 + 2 * i for i in range(d)]
-    return x.permute(0, *outer, *inner, 2 * d + 1).flatten(d + 1)
+
+
+def windows(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """(..., H, W, C) -> (..., H / stride, W / stride, kernel * kernel * C), each around its patch, zeros outside"""
+    (top, bottom), (left, right) = (same_padding(n, kernel, stride) for n in x.shape[-3:-1])
+    x = F.pad(x, (0, 0, left, right, top, bottom)).unfold(-3, kernel, stride).unfold(-3, kernel, stride)
+    return x.movedim(-3, -1).flatten(-3)  # (..., h, w, C, kernel, kernel) until here
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
