@@ -11,26 +11,21 @@ falls as a cosine; `--minutes` lets it fall with the time that is left, `--steps
 (seed, i) alone, so a resumed run goes on with the pairs that it would have had.
 """
 
-import csv
-import io
 import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pytorch_optimizer
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import HfArgumentParser, set_seed
 
 from ..configuration_perceiver_io import PerceiverIOConfig
 from ..flow_files import kitti_pairs, read_flow, sintel_pairs
@@ -39,19 +34,19 @@ from ..heads_vision import PerceiverIOForOpticalFlow
 from ..image_processing_perceiver_io import PerceiverIOFlowImageProcessor
 from ..losses import IGNORED
 from .flow_augmentation import FlowAugmentation, flip
-from .flow_start import level_patches, start_flow
+from .flow_start import start_matching
 from .flow_synthesis import HELD_OUT_FAMILIES, PHOTOS, FlowPair, FlowPairs, Scene, TextureBank
-from .storage import save_halved, write_text
+from .recipe import AS_DEEPMIND, Lamb
+from .storage import write_text
+from .timed_run import BEST, begin, publish_best, read_course, run_facts, step_of, train_by_clock
 
 TILE = (48, 64)  # rows and columns of pixels that the model reads at once
-TOKENS = (12, 16)  # patches of 4x4 pixels of both frames
-LATENT_GRID = (6, 8)
+LATENT_GRID = (12, 16)  # a latent for each 4x4 pixels
 # Largest motion as shares of the tile's width: what is trained on, and what the two held-out sets have.
 LARGEST_MOTION = 0.15
 MOTIONS = {"small motion": 0.05, "large motion": 0.15}
 HELD_OUT_PAIRS, HELD_OUT_SEED, VALIDATION_SEED = 200, 30_000, 40_000
-RATES = {"lamb": 4e-4, "adamw": 1.5e-3}
-STATE = "clock.json"
+RATES = {"lamb": 4e-4, "adamw": 1e-3}
 
 
 @dataclass
@@ -72,7 +67,7 @@ class FlowRecipe:
     seed: int = field(default=0, metadata={"help": "of weights and pairs"})
     steps: int | None = field(default=None, metadata={"help": "train so many steps"})
     minutes: float | None = field(default=None, metadata={"help": "train so long (60 where no steps are given)"})
-    batch_size: int = field(default=32, metadata={"help": "pairs per step; the paper's is 512"})
+    batch_size: int = field(default=16, metadata={"help": "pairs per step; the paper's is 512"})
     optimizer: Literal["lamb", "adamw"] = field(
         default="lamb", metadata={"help": "the paper's LAMB; small batches on a CPU learn faster with adamw"}
     )
@@ -82,13 +77,6 @@ class FlowRecipe:
     )
     warmup_steps: int = field(default=100, metadata={"help": "the learning rate rises over so many steps"})
     weight_decay: float = field(default=0.01, metadata={"help": "of matrices"})
-    shift_pairs: int = field(
-        default=8_000,
-        metadata={"help": "so many pairs first are one layer that is shifted: what moves is learnt from these"},
-    )
-    curriculum_pairs: int = field(
-        default=16_000, metadata={"help": "over so many more, turns, warps and layers come in, up to what is tested"}
-    )
     augment_from: int = field(
         default=48_000, metadata={"help": "from this pair on there is augmentation; before, each pair is fed both ways"}
     )
@@ -126,33 +114,38 @@ def flow_config(**changes: Any) -> PerceiverIOConfig:
     fields_: dict[str, Any] = {
         "num_latents": LATENT_GRID[0] * LATENT_GRID[1],
         "d_latents": 256,
-        "num_blocks": 1,
-        "num_self_attends_per_block": 5,
+        "num_blocks": 2,
+        "num_self_attends_per_block": 2,
         "num_self_attention_heads": 8,
-        "num_cross_attention_heads": 8,
+        "num_cross_attention_heads": 4,
         "qk_channels": 256,
         "v_channels": 256,
         "self_attention_widening_factor": 2,
-        "cross_attend_before_blocks": [0, 0],
+        # Fetch the first frame, match it with the second, think, match again, think.
+        "cross_attend_before_blocks": [0, 0, 1],
         "cross_attend_sharing": "none",
-        "decoder_num_heads": 8,
-        "decoder_qk_channels": 256,
-        "decoder_v_channels": 256,
-        "decoder_widening_factor": 4,
+        "block_sharing": "none",
+        "decoder_num_heads": 4,
+        "decoder_qk_channels": 128,
+        "decoder_v_channels": 128,
+        "decoder_widening_factor": 2,
         "decoder_use_query_residual": True,
         "preprocessor": {
             "kind": "grid",
             "stem": {
                 "kind": "patches",
                 "in_channels": 3,
-                "spatial_downsample": 4,
+                "spatial_downsample": 2,
                 "temporal_downsample": 2,
-                "project": 94,
+                "project": 32,
+                "kernel_size": 10,
+                "normalize": True,
             },
-            "position": {"kind": "fourier", "num_bands": 8, "max_resolution": list(TOKENS)},
+            # Fewer and lower bands than there are tokens: of these a distance's square can be made.
+            "position": {"kind": "fourier", "num_bands": 8, "max_resolution": [10, 14]},
         },
         "output_query": {"kind": "input"},
-        "postprocessor": {"kind": "convex_upsampling", "factor": 4, "channels": 128, "rescale_factor": 1.0},
+        "postprocessor": {"kind": "convex_upsampling", "factor": 2, "channels": 64, "rescale_factor": 1.0},
     }
     return PerceiverIOConfig(**{**fields_, **changes})
 
@@ -216,15 +209,10 @@ class FlowCollator:
         return {"pixel_values": pixels, "labels": torch.from_numpy(labels)}
 
 
-def training_scene(index: int, recipe: FlowRecipe) -> Scene:
-    """What pair `index` is drawn from: shifts of one layer first; then layers, turns and warps come in.
-
-    Slow and fast pairs always stand side by side: how much of the largest motion a pair may use is spread evenly.
-    """
-    grown = min(max(index - recipe.shift_pairs, 0) / max(recipe.curriculum_pairs, 1), 1.0)
+def training_scene(index: int) -> Scene:
+    """What pair `index` is drawn from: slow and fast pairs side by side, up to the largest motion."""
     spread = index * 0.6180339887 % 1.0
-    largest = LARGEST_MOTION * TILE[1] * (0.1 + 0.9 * spread)
-    return Scene(largest, max_layers=round(4 * grown), affine=0.7 * grown, smooth=0.5 * grown)
+    return Scene(LARGEST_MOTION * TILE[1] * (0.1 + 0.9 * spread))
 
 
 def training_pairs(recipe: FlowRecipe, start: int = 0) -> TrainingPairs:
@@ -234,7 +222,7 @@ def training_pairs(recipe: FlowRecipe, start: int = 0) -> TrainingPairs:
         bank,
         height=TILE[0],
         width=TILE[1],
-        schedule=lambda index: training_scene(index, recipe),
+        schedule=training_scene,
         seed=recipe.seed,
     )
     return TrainingPairs(recipe, pairs, start)
@@ -302,138 +290,48 @@ def end_point_error(model: PerceiverIOForOpticalFlow, batches: Sequence[dict[str
     return torch.cat(errors).mean().item()
 
 
-class Clock(TrainerCallback):
-    """How much of a run is done, by its steps or by its time, which goes on where an interrupted run stopped."""
-
-    def __init__(self, steps: int | None, minutes: float | None):
-        self.steps, self.minutes = steps, minutes
-        self.before, self.started = 0.0, time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.started
-
-    def done(self, step: int) -> float:
-        """0 at the start, 1 at the end"""
-        share = step / self.steps if self.minutes is None else self.seconds / (60 * self.minutes)  # type: ignore[operator]
-        return min(share, 1.0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.done(state.global_step) >= 1:
-            control.should_save = control.should_training_stop = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_text(folder / STATE, json.dumps({"seconds": self.seconds}) + "\n")
-
-
-class Validation(TrainerCallback):
-    """Measures the model beside every saved state, keeps the best weights, and writes down the course."""
-
-    def __init__(self, output: Path, recipe: FlowRecipe, clock: Clock):
-        self.output, self.clock = output, clock
-        collate = FlowCollator(image_processor())
-        pairs = validation_pairs(recipe.validation_pairs)
-        self.batches = {name: [collate([_example(p) for p in pairs[part::2]])] for part, name in enumerate(MOTIONS)}
-        self.zero = {name: (b[0]["labels"]).norm(dim=-1).mean().item() for name, b in self.batches.items()}
-        self.course: list[dict[str, float]] = []
-        if (output / "learning_curve.csv").exists():
-            rows = csv.DictReader(io.StringIO((output / "learning_curve.csv").read_text()))
-            self.course = [{name: float(value) for name, value in row.items()} for row in rows]
-
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        errors = {name: end_point_error(model, batches) for name, batches in self.batches.items()}
-        self.course = [row for row in self.course if row["step"] < state.global_step]
-        row = {
-            "step": state.global_step,
-            "seconds": round(self.clock.seconds),
-            "loss": losses[-1] if losses else math.nan,
-        }
-        self.course.append({**row, **errors})
-        lines = [",".join(self.course[0])]
-        lines += [",".join(f"{value:.5g}" for value in row.values()) for row in self.course]
-        write_text(self.output / "learning_curve.csv", "\n".join(lines) + "\n")
-        shown = ", ".join(f"{name} {error:.3f} (zero flow {self.zero[name]:.3f})" for name, error in errors.items())
-        tqdm.write(f"step {state.global_step}: end-point error in pixels: {shown}", file=sys.stderr)
-        if self.score(self.course[-1]) <= min(self.score(row) for row in self.course):
-            save_halved(model, self.output / "best")
-
-    def score(self, row: dict[str, float]) -> float:
-        """Errors as shares of zero flow's, on average: slow pairs count as much as fast ones."""
-        return sum(row[name] / zero for name, zero in self.zero.items()) / len(self.zero)
-
-
 def train(recipe: FlowRecipe) -> dict[str, Any]:
     """Train from scratch, or go on; write model, processor, metrics, curves and card to the folder. -> the metrics"""
-    output = Path(recipe.resume or recipe.output)  # type: ignore[arg-type]
-    last = None
-    if recipe.resume:
-        recipe, last = _resumed(recipe, output)
-    else:
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"{output} is not empty; choose another folder, or go on with it by --resume {output}")
-        if recipe.steps is None and recipe.minutes is None:
-            recipe = replace(recipe, minutes=60.0)
-        write_text(output / "recipe.json", json.dumps(_kept(recipe), indent=1) + "\n")
+    recipe, output, last = begin(recipe)
     set_seed(recipe.seed)
-    model = new_model(recipe)
-    clock = Clock(recipe.steps, recipe.minutes)
-    step = 0
-    if last is not None:
-        step = int(Path(last).name.split("-")[-1])
-        clock.before = json.loads((Path(last) / STATE).read_text())["seconds"]
-    optimizer = new_optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda at: min((at + 1) / recipe.warmup_steps, 1.0) * 0.5 * (1 + math.cos(math.pi * clock.done(at))),
-    )
-    arguments = TrainingArguments(
-        output_dir=str(output / "state"),
-        per_device_train_batch_size=recipe.batch_size,
-        max_steps=recipe.steps if recipe.minutes is None else 10_000_000,
-        bf16=recipe.mixed_precision,
-        use_cpu=not torch.accelerator.is_available(),
-        max_grad_norm=1.0,
-        logging_steps=min(50, recipe.save_every),
-        save_steps=recipe.save_every,
-        save_total_limit=2,
-        dataloader_num_workers=recipe.workers,
-        # The stream itself begins where the run stopped.
-        ignore_data_skip=True,
-        remove_unused_columns=False,
-        report_to=[],
-        seed=recipe.seed,
-        disable_tqdm=recipe.minutes is not None,
-    )
-    validation = Validation(output, recipe, clock)
-    trainer = Trainer(
+    model = new_model(recipe, started=last is None)
+    collate = FlowCollator(image_processor())
+    pairs = validation_pairs(recipe.validation_pairs)
+    batches = {name: [collate([_example(p) for p in pairs[part::2]])] for part, name in enumerate(MOTIONS)}
+    zero = {name: batch[0]["labels"].norm(dim=-1).mean().item() for name, batch in batches.items()}
+
+    def score(row: dict[str, float]) -> float:
+        # Errors as shares of zero flow's: slow pairs count as much as fast ones.
+        return -sum(row[name] / zero[name] for name in zero)
+
+    steps, seconds = train_by_clock(
         model,
-        arguments,
-        train_dataset=training_pairs(recipe, start=step * recipe.batch_size // 2),
-        data_collator=FlowCollator(image_processor()),
-        optimizers=(optimizer, schedule),
-        callbacks=[clock, validation],
+        recipe,
+        output,
+        last,
+        optimizer=new_optimizer(model, recipe),
+        dataset=training_pairs(recipe, start=step_of(last) * recipe.batch_size // 2),
+        collator=collate,
+        measure=lambda trained: {name: end_point_error(trained, batch) for name, batch in batches.items()},
+        score=score,
+        show=lambda row: ", ".join(f"{name} {row[name]:.3f} px (zero flow {zero[name]:.3f})" for name in zero),
     )
-    trainer.train(resume_from_checkpoint=last)
-    return write_result(output, recipe, trainer.state.global_step, clock.seconds)
+    return write_result(output, recipe, steps, seconds)
 
 
-def new_model(recipe: FlowRecipe) -> PerceiverIOForOpticalFlow:
-    """Fresh weights that start out looking at neighbourhoods, or those to start from."""
+def new_model(recipe: FlowRecipe, *, started: bool = True) -> PerceiverIOForOpticalFlow:
+    """Fresh weights that start out matching, or those to start from. started=False leaves the start out."""
     # Eager attention is faster than sdpa on a CPU for arrays this short.
     if recipe.start_from:
         return PerceiverIOForOpticalFlow.from_pretrained(recipe.start_from, attn_implementation="eager")
     config = flow_config()
     config._attn_implementation = "eager"
     model = PerceiverIOForOpticalFlow(config)
+    if not started:
+        return model
     stream = training_pairs(replace(recipe, textures=min(recipe.textures, 48)))
-    batch = FlowCollator(image_processor())([e for i in range(50) for e in stream.examples(10**6 + i)])
-    level_patches(model.perceiver.preprocessor.stem, batch["pixel_values"])
-    start_flow(model, LATENT_GRID, batch["pixel_values"])
+    batch = FlowCollator(image_processor())([e for i in range(16) for e in stream.examples(10**6 + i)])
+    start_matching(model, LATENT_GRID, batch["pixel_values"])
     return model
 
 
@@ -445,7 +343,7 @@ def new_optimizer(model: torch.nn.Module, recipe: FlowRecipe) -> torch.optim.Opt
         (decayed if parameter.ndim >= 2 and "latents" not in name else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if recipe.optimizer == "lamb":
-        return pytorch_optimizer.Lamb(groups, lr=recipe.rate)
+        return Lamb(groups, lr=recipe.rate, **AS_DEEPMIND)
     return torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), fused=True)
 
 
@@ -523,20 +421,13 @@ def evaluate_folder(directory: Path, name: Literal["sintel", "kitti"], root: str
 
 def write_result(output: Path, recipe: FlowRecipe, steps: int, seconds: float) -> dict[str, Any]:
     """The best weights with their processor, measured, with curves and card; each file renamed into place whole."""
-    best = output / "best"
+    best = output / BEST
     image_processor().save_pretrained(best)
     metrics: dict[str, Any] = {
-        "steps": steps,
-        "seconds": round(seconds),
-        "parameters": PerceiverIOForOpticalFlow.from_pretrained(best).num_parameters(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "recipe": _kept(recipe),
+        **run_facts(PerceiverIOForOpticalFlow.from_pretrained(best), recipe, steps, seconds),
         "held_out": evaluate(best, count=4 if recipe.smoke_test else HELD_OUT_PAIRS),
     }
-    for file in sorted(best.iterdir()):
-        os.replace(file, output / file.name)
-    best.rmdir()
+    publish_best(output)
     write_text(output / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     draw_curves(output)
     write_text(output / "README.md", model_card(metrics))
@@ -548,12 +439,12 @@ def draw_curves(output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = list(csv.DictReader(io.StringIO((output / "learning_curve.csv").read_text())))
+    rows = read_course(output)
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name in MOTIONS:
-        axes.plot([float(r["step"]) for r in rows], [float(r[name]) for r in rows], label=f"validation, {name}")
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=f"validation, {name}")
     axes.set(xlabel="step", ylabel="end-point error (pixels)", ylim=(0, None))
     axes.legend()
     partial = output / "curves.partial.png"
@@ -583,7 +474,6 @@ def model_card(metrics: dict[str, Any]) -> str:
     small, large = (share * TILE[1] for share in MOTIONS.values())
     batch, minutes, first = recipe["batch_size"], metrics["seconds"] / 60, recipe["augment_from"]
     steps: int = metrics["steps"]
-    shifts, growth = recipe["shift_pairs"], recipe["curriculum_pairs"]
     note = f"\n{metrics['note']}\n" if "note" in metrics else ""
     return f"""---
 license: apache-2.0
@@ -627,12 +517,11 @@ smooth warp; the flow is exact.
 ## Recipe
 
 {steps:,} steps of {batch} pairs ({batch * steps:,} in all) in {minutes:.0f} minutes on {metrics["threads"]} CPU thread(s),
-PyTorch {metrics["torch"]}. {recipe["optimizer"].upper()}, learning rate {rate:g}, falling as a cosine. The first {shifts:,}
-scenes are single layers that are shifted; over {growth:,} more come turns, warps and layers. No augmentation, and each
-scene both ways, up to scene {first:,}; then augmentation that grows to severity {recipe["max_severity"]:g} over
+PyTorch {metrics["torch"]}. {recipe["optimizer"].upper()}, learning rate {rate:g}, falling as a cosine. No augmentation, and
+each scene both ways, up to scene {first:,}; then augmentation that grows to severity {recipe["max_severity"]:g} over
 {recipe["augment_over"]:,} scenes. Loss: the end-point error. The weights are those that did best on validation pairs, which
-are neither trained on nor held out. The start is local, see `hf_perceiver.training.flow_start`. All settings:
-`metrics.json`; the course: `learning_curve.csv`.
+are neither trained on nor held out. They start out matching patches, see `hf_perceiver.training.flow_start`; step 0 of
+the curves is that start. All settings: `metrics.json`; the course: `learning_curve.csv`.
 
 ```
 {command}
@@ -678,20 +567,6 @@ def _example(pair: FlowPair) -> dict[str, Any]:
 
 def _scale(model: PerceiverIOForOpticalFlow) -> float:
     return float(model.perceiver.postprocessor.scale_factor)
-
-
-def _kept(recipe: FlowRecipe) -> dict[str, Any]:
-    """What a run can be repeated from: all but where it is written."""
-    return {k: v for k, v in asdict(recipe).items() if k not in ("output", "resume", "evaluate", "sintel", "kitti")}
-
-
-def _resumed(recipe: FlowRecipe, output: Path) -> tuple[FlowRecipe, str]:
-    """The recipe of an interrupted run, and its last state."""
-    path = output / "recipe.json"
-    last = get_last_checkpoint(str(output / "state")) if (output / "state").is_dir() else None
-    if not path.is_file() or last is None:
-        raise ValueError(f"{output} holds no interrupted run; start one with --output {output}")
-    return FlowRecipe(resume=str(output), **json.loads(path.read_text())), last
 
 
 def _open(path: Path) -> Any:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pytorch_optimizer
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +33,7 @@ from ..video_processing_perceiver_io import PerceiverIOVideoProcessor
 from .block_start import start_from_blocks
 from .clip_synthesis import CLASSES, FRAMES_PER_SECOND, MOTIONS, SHAPES, TEXTURES, Clips, ClipShape, make_clips
 from .modalities import ModalityCollator
+from .recipe import AS_DEEPMIND, Lamb
 from .storage import write_text
 from .timed_run import BEST, begin, publish_best, read_course, run_facts, step_of, train_by_clock
 
@@ -362,7 +362,7 @@ def new_optimizer(model: torch.nn.Module, recipe: VideoRecipe) -> torch.optim.Op
         for (fresh, decayed), parameters in groups.items()
     ]
     if recipe.optimizer == "lamb":
-        return pytorch_optimizer.Lamb(listed, lr=recipe.rate)
+        return Lamb(listed, lr=recipe.rate, **AS_DEEPMIND)
     return torch.optim.AdamW(listed, lr=recipe.rate, betas=(0.9, 0.98), fused=True)
 
 
