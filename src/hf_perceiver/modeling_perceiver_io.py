@@ -165,8 +165,9 @@ class Decoder(nn.Module):
 
     def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, D) -> keys and values, once for any number of queries"""
-        # A call of the layer, for FSDP gathers its weights for calls alone.
-        return self.cross_attend(None, latents)
+        # FSDP gathers a layer's weights for calls of it alone. Elsewhere hooks on calls are to see queries' outputs only.
+        sharded = hasattr(self.cross_attend, "unshard")
+        return self.cross_attend(None, latents) if sharded else self.cross_attend.project(latents)
 
     def forward(
         self, query: Tensor, key_value: tuple[Tensor, Tensor], query_mask: Tensor | None = None, **kwargs: Any
