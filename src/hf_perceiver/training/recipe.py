@@ -109,7 +109,7 @@ class Lamb(pytorch_optimizer.Lamb):
     clamp = math.inf
 
 
-AS_DEEPMIND = {"weight_decouple": False, "adam_debias": True}
+AS_DEEPMIND: dict[str, Any] = {"weight_decouple": False, "adam_debias": True}
 
 
 class RecipeTrainer(Trainer):
