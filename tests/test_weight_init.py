@@ -280,7 +280,10 @@ def attentions(config, inputs, seed=0):
 
 @pytest.mark.parametrize("name", ALIGNED)
 def test_every_head_begins_with_a_place_of_its_own(name):
-    """Reads, the last self-attend and the decoder; a head that knew no places would have 0.01 to 0.2 there."""
+    """Reads, the last self-attend and the decoder; a head that knew no places would have 0.01 to 0.2 there.
+
+    The lowest of these shares went from 0.38 to 0.77 with 40 draws of the inputs.
+    """
     config, inputs, sides, cuts = ALIGNED[name]
     read, think, ask = attentions(config, inputs)
     elements, latents = cells_of(sides, sides), cells_of(sides, cuts)
@@ -293,9 +296,9 @@ def test_every_head_begins_with_a_place_of_its_own(name):
     steps = neighbours(config.num_self_attention_heads, torch.tensor(cuts))
     thinks = share_near(think, latents, latents, steps * cell, cell / 2)
     asks = share_near(ask, elements, latents, around(config.decoder_num_heads, len(sides)) * cell, cell)
-    assert reads.min() > 0.4
-    assert len(steps) >= 6 and thinks.min() > 0.4
-    assert asks.min() > 0.4
+    assert reads.min() > 0.3
+    assert len(steps) >= 6 and thinks.min() > 0.3
+    assert asks.min() > 0.3
 
 
 def test_heads_beyond_the_neighbours_stay_free():
