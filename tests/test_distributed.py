@@ -307,7 +307,7 @@ def fsdp(tmp_path_factory):
     return folder, launch("worker_fsdp", folder)
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["", "own_"], ids=["accelerate", "transformers"])
 @pytest.mark.parametrize("name", SHARDED)
 def test_fully_sharded_training_is_that_of_one_process(name, kind, fsdp, tmp_path):
@@ -321,14 +321,14 @@ def test_fully_sharded_training_is_that_of_one_process(name, kind, fsdp, tmp_pat
     assert_same_training(name, load_file(folder / f"{kind}{name}.safetensors"), want)
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_each_layer_is_gathered_on_its_own(fsdp):
     for name in SHARDED:
         layers = [m for m in start(name).modules() if isinstance(m, (SelfAttentionLayer, CrossAttentionLayer))]
         assert fsdp[1][f"{name}_layers"] == len(layers)
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_a_fully_sharded_run_is_resumed_bit_for_bit_and_its_checkpoint_is_an_ordinary_one(fsdp):
     folder, facts = fsdp
     straight, resumed = (load_file(folder / f"{name}.safetensors") for name in ("straight", "resumed"))
@@ -340,7 +340,7 @@ def test_a_fully_sharded_run_is_resumed_bit_for_bit_and_its_checkpoint_is_an_ord
         assert not torch.equal(early, straight[key]), key
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_model_that_was_sharded_while_it_was_loaded_is_saved_whole(name, fsdp):
     loaded = whole(MODELS[name][1].from_pretrained(fsdp[0] / f"own_{name}"))
@@ -471,8 +471,10 @@ def worker_launched(folder: str) -> None:
     write(folder, "image", trainer.model)
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_accelerate_launch_trains_on_two_processes(tmp_path):
     (path,) = [path for path in CONFIGS if path.stem == "cpu"]
-    launch("worker_launched", tmp_path, "accelerate.commands.launch", "--config_file", str(path))
+    # Port 0: any that is free, where the default may be taken.
+    command = ("accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0")
+    launch("worker_launched", tmp_path, *command)
     assert_same_training("image", load_file(tmp_path / "image.safetensors"), whole(train("image", tmp_path).model))

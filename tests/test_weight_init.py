@@ -306,7 +306,7 @@ def test_heads_beyond_the_neighbours_stay_free():
     _, think, _ = attentions(config, inputs)
     assert len(neighbours(8, torch.tensor(cuts))) == 6
     largest = think.amax(-1).mean(-1)
-    assert largest[:6].min() > 0.4 and largest[6:].max() < 0.3
+    assert largest[:6].min() > 0.35 and largest[6:].max() < 0.3
 
 
 def test_every_read_of_several_is_local():
