@@ -220,30 +220,32 @@ def on_grid(stem, position, heads, **changes):
 
 FRAMES = {"kind": "patches", "in_channels": 3, "temporal_downsample": 2, "project": 40}
 VIDEO = {"kind": "pixels", "in_channels": 3}
+# Over 12 draws of so many inputs a share of attention differs by 0.06, of two by 0.16.
+EXAMPLES = 16
 # name -> config, an input, its elements along each axis, and the cells that the latents cut them into
 ALIGNED = {
-    "text": (aligned(), {"input_ids": torch.randint(6, VOCAB, (2, 128))}, (128,), (64,)),
+    "text": (aligned(), {"input_ids": torch.randint(6, VOCAB, (EXAMPLES, 128))}, (128,), (64,)),
     "text, one head": (
         aligned(num_cross_attention_heads=1, decoder_num_heads=1, num_latents=32),
-        {"input_ids": torch.randint(6, VOCAB, (2, 128))},
+        {"input_ids": torch.randint(6, VOCAB, (EXAMPLES, 128))},
         (128,),
         (32,),
     ),
     "image": (
         on_grid(PIXELS, fourier(12, 16, bands=8), 4, num_latents=48),
-        {"pixel_values": torch.randn(2, 3, 12, 16)},
+        {"pixel_values": torch.randn(EXAMPLES, 3, 12, 16)},
         (12, 16),
         (6, 8),
     ),
     "flow": (
         on_grid(FRAMES, fourier(8, 12, bands=6), 8, num_latents=24),
-        {"pixel_values": torch.randn(2, 2, 3, 8, 12)},
+        {"pixel_values": torch.randn(EXAMPLES, 2, 3, 8, 12)},
         (8, 12),
         (4, 6),
     ),
     "video": (
         on_grid(VIDEO, fourier(8, 6, 8, bands=5), 8, num_latents=48),
-        {"pixel_values": torch.randn(2, 8, 3, 6, 8)},
+        {"pixel_values": torch.randn(EXAMPLES, 8, 3, 6, 8)},
         (8, 6, 8),
         (4, 3, 4),
     ),
@@ -280,10 +282,7 @@ def attentions(config, inputs, seed=0):
 
 @pytest.mark.parametrize("name", ALIGNED)
 def test_every_head_begins_with_a_place_of_its_own(name):
-    """Reads, the last self-attend and the decoder; a head that knew no places would have 0.01 to 0.2 there.
-
-    The lowest of these shares went from 0.38 to 0.77 with 40 draws of the inputs.
-    """
+    """Reads, the last self-attend and the decoder; a head that knew no places would have 0.01 to 0.2 there."""
     config, inputs, sides, cuts = ALIGNED[name]
     read, think, ask = attentions(config, inputs)
     elements, latents = cells_of(sides, sides), cells_of(sides, cuts)
@@ -296,9 +295,9 @@ def test_every_head_begins_with_a_place_of_its_own(name):
     steps = neighbours(config.num_self_attention_heads, torch.tensor(cuts))
     thinks = share_near(think, latents, latents, steps * cell, cell / 2)
     asks = share_near(ask, elements, latents, around(config.decoder_num_heads, len(sides)) * cell, cell)
-    assert reads.min() > 0.3
-    assert len(steps) >= 6 and thinks.min() > 0.3
-    assert asks.min() > 0.3
+    assert reads.min() > 0.4
+    assert len(steps) >= 6 and thinks.min() > 0.4
+    assert asks.min() > 0.4
 
 
 def test_heads_beyond_the_neighbours_stay_free():
@@ -306,7 +305,7 @@ def test_heads_beyond_the_neighbours_stay_free():
     _, think, _ = attentions(config, inputs)
     assert len(neighbours(8, torch.tensor(cuts))) == 6
     largest = think.amax(-1).mean(-1)
-    assert largest[:6].min() > 0.35 and largest[6:].max() < 0.3
+    assert largest[:6].min() > 0.4 and largest[6:].max() < 0.3
 
 
 def test_every_read_of_several_is_local():
