@@ -240,8 +240,8 @@ def test_what_ships_is_what_its_card_says_and_a_third_of_zero_flow():
         assert errors["model"] <= errors["zero flow"] / 3
         assert errors["model"] < min(error for method, error in errors.items() if method.startswith("Farneback"))
         assert f"{errors['model']:.3f} ({rows['model']['visible']:.3f})" in (folder / "README.md").read_text()
-        # 24 of the 200 pairs: pairs differ by about their mean, so means of 24 by a fifth of it.
+        # The first 24 of the 200 pairs, always the same ones: 9 and 11 % below the mean of all.
         model = PerceiverIOForOpticalFlow.from_pretrained(folder).eval()
         pairs = flow.held_out_pairs(share, count=24)
         found = [predict_flow(model, image_processor(), *pair.frames) - pair.flow for pair in pairs]
-        assert np.mean([np.linalg.norm(e, axis=-1).mean() for e in found]) == pytest.approx(errors["model"], rel=0.6)
+        assert np.mean([np.linalg.norm(e, axis=-1).mean() for e in found]) == pytest.approx(errors["model"], rel=0.15)
