@@ -315,15 +315,18 @@ def save_final(trainer: Trainer, saved: Sequence[Any]) -> None:
     """The weights and what belongs to them, in output_dir; each file appears whole, config.json last."""
     output = Path(trainer.args.output_dir)
     draft = output / ".final.tmp"
-    # Every process takes part in gathering sharded weights, the first one writes.
-    trainer.save_model(str(draft))
-    if not trainer.is_world_process_zero():
-        return
-    for part in saved:
-        part.save_pretrained(draft)
-    for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, output / path.name)
-    draft.rmdir()
+    first = trainer.is_world_process_zero()
+    try:
+        # Every process takes part in gathering sharded weights, the first one writes.
+        trainer.save_model(str(draft))
+        if first:
+            for part in saved:
+                part.save_pretrained(draft)
+            for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, output / path.name)
+    finally:
+        if first:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def learning_curve(history: Sequence[dict[str, float]]) -> str:
