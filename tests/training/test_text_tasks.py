@@ -14,6 +14,7 @@ from hf_perceiver.training.text_tasks import (
     checkpoint_fields,
     class_names,
     json_lines,
+    load_tokenizer,
     open_tokenizer,
     window_length,
 )
@@ -66,6 +67,18 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
         open_tokenizer(ModelArguments(model="bundled:language"), text_config(), str(tmp_path))
     with pytest.raises(ValueError, match="no tokenizer ships for the 30 tokens"):
         open_tokenizer(ModelArguments(architecture="language_bytes"), text_config(vocab_size=30))
+
+
+def test_the_models_revision_is_its_own_tokenizers_and_no_others(monkeypatch):
+    asked = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda place, **how: asked.append((place, how)))
+    models = ModelArguments(model="someone/model", revision="v2", trust_remote_code=True)
+    load_tokenizer(models, text_config())
+    load_tokenizer(models, text_config(), "other/tokenizer")
+    assert asked == [
+        ("someone/model", {"trust_remote_code": True, "revision": "v2"}),
+        ("other/tokenizer", {"trust_remote_code": True}),
+    ]
 
 
 def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler, WeightedRandomSampler
-from transformers import AutoTokenizer, EvalPrediction
+from transformers import EvalPrediction
 
 from ..configuration_perceiver_io import PerceiverIOConfig
 from ..heads_text import PerceiverIOForMultitaskSequenceClassification, PerceiverIOForSequenceClassification
 from ..modeling_perceiver_io import query_width
 from ..recipes import GLUE_TASKS
-from ..tokenization_perceiver_io import VOCAB_SIZE, PerceiverIOTokenizer
 from .glue_data import (
     TASKS,
     Example,
@@ -40,7 +39,7 @@ from .glue_data import (
     write_predictions,
 )
 from .recipe import ModelArguments, RecipeTrainer, fresh_config, model_folder, open_model, parse, run, start
-from .text_tasks import FineTuning, checkpoint_fields, prepare_smoke_test, window_length
+from .text_tasks import FineTuning, checkpoint_fields, load_tokenizer, prepare_smoke_test, window_length
 
 
 @dataclass
@@ -219,23 +218,12 @@ def source_config(arguments: ModelArguments) -> PerceiverIOConfig:
 
 def open_tokenizer(arguments: ModelArguments, config: PerceiverIOConfig, name: str | None = None) -> Any:
     """The tokenizer called `name`, the model's own, or the bytes' for fresh weights; ValueError where the ids differ."""
-    if name or arguments.model:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name or model_folder(arguments.model or ""),
-            revision=None if name else arguments.revision,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-    elif config.vocab_size in (VOCAB_SIZE, VOCAB_SIZE + len(GLUE_TASKS)):
-        tokenizer = PerceiverIOTokenizer()
-    else:
-        raise ValueError(
-            f"{arguments.architecture} reads {config.vocab_size} tokens, and no tokenizer for them ships; give --tokenizer"
-        )
+    place, tokenizer = load_tokenizer(arguments, config, name, added=len(GLUE_TASKS))
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "cls_token_id", "sep_token_id")}
     differ = [name for name, id in ids.items() if getattr(config, name) not in (None, id)]
     if len(tokenizer) > config.vocab_size or differ or tokenizer.pad_token_id is None:
         raise ValueError(
-            f"tokenizer {name or arguments.model or 'of bytes'} has {len(tokenizer)} tokens, with {ids}; the model "
+            f"tokenizer {place} has {len(tokenizer)} tokens, with {ids}; the model "
             f"{config.vocab_size}, with { {name: getattr(config, name) for name in ids} }. Take the one that the model was "
             "trained with, and one that has a padding token"
         )

@@ -96,17 +96,28 @@ def label_fields(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
-def open_tokenizer(models: ModelArguments, config: PerceiverIOConfig, name: str | None = None) -> Any:
-    """The tokenizer called `name`, the model's own, or the bytes'. Raises ValueError where it does not fit the model."""
+def load_tokenizer(
+    models: ModelArguments, config: PerceiverIOConfig, name: str | None = None, added: int = 0
+) -> tuple[str, Any]:
+    """Where it is from, and the tokenizer called `name`, the model's own, or the bytes' for fresh weights.
+
+    added: so many ids that a fresh model may have beyond the bytes'. Raises ValueError for a vocabulary that none ships for.
+    """
     if name or models.model:
         place = name or model_folder(models.model or "")
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=models.trust_remote_code)
-    elif config.vocab_size == VOCAB_SIZE:
-        place, tokenizer = "of bytes", PerceiverIOTokenizer(model_max_length=positions(config) or 2048)
-    else:
-        raise ValueError(
-            f"no tokenizer ships for the {config.vocab_size} tokens of {models.architecture}; give --tokenizer"
-        )
+        # The revision is the model's, and of no other folder.
+        own = {} if name else {"revision": models.revision}
+        return place, AutoTokenizer.from_pretrained(place, trust_remote_code=models.trust_remote_code, **own)
+    if config.vocab_size in (VOCAB_SIZE, VOCAB_SIZE + added):
+        return "of bytes", PerceiverIOTokenizer(model_max_length=positions(config) or 2048)
+    raise ValueError(
+        f"no tokenizer ships for the {config.vocab_size} tokens of {models.architecture}; give --tokenizer"
+    )
+
+
+def open_tokenizer(models: ModelArguments, config: PerceiverIOConfig, name: str | None = None) -> Any:
+    """As `load_tokenizer`. Raises ValueError where it does not fit the model, or cannot place labels."""
+    place, tokenizer = load_tokenizer(models, config, name)
     if len(tokenizer) != config.vocab_size:
         raise ValueError(
             f"tokenizer {place} has {len(tokenizer)} tokens, the model {config.vocab_size}: take the one that the model was "
