@@ -12,7 +12,7 @@ layers (hooks, adapters, quantised weights) take the direct form.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,15 +26,21 @@ from .position_encoding import AxisCode, unravel
 
 Linear = tuple[Tensor, Tensor]  # weight (K, E), bias (K,)
 
-# Tiles that stay in a core's cache: scores of so many rows (heads x latents) for so many elements.
+# Tiles that stay in the caches: scores of so many rows (heads x latents) for so many elements, in so many rows of the
+# grid at most, each of which is a column of the matrix products.
 READ_ROWS, READ_ELEMENTS = 512, 1024
+GRID_ROWS = 16
 # Queries written at a time: so many scores.
-WRITE_SCORES = 1 << 20
-# The maximum a softmax is shifted by may be this much too small, so that accumulators are seldom rescaled.
-SLACK = 8.0
+WRITE_SCORES = 1 << 19
+# Numbers that the activation function makes at a time, few enough for memory that the process already has.
+ACTIVATED = 1 << 15
+# Weights are sums of powers of two over the first tile's maximum; beyond this they are scaled anew.
+LARGEST_WEIGHT = 2.0**60
+# torch's exp2 takes a third of the time of its exp, so the reader's scores are logarithms to base 2.
+LOG2_E = 1 / math.log(2)
 # The passes over a score (adding, exponential, sums) cost as much as so many channels of a matrix product. Measured on
-# two cores: half the time of a read with 64 channels of features.
-PASSES = 64
+# two cores.
+PASSES = 32
 
 
 def can_replace(layer: CrossAttentionLayer, **kwargs: Any) -> bool:
@@ -93,9 +99,14 @@ class Axis:
     index: Tensor | None
 
 
+def is_replaced(part: ArrayPart) -> bool:
+    """Whether a token stands in for some element."""
+    return part.replaced is not None and part.token is not None and bool(part.replaced.any())
+
+
 @dataclass
 class Pieces:
-    """A part of an array by its pieces, on a grid of rows x width; elements that are all alike count `copies` times.
+    """A part of an array by its pieces, on a grid of rows x width.
 
     features (1 or B, rows * width, F) or None; constant: (channels it fills, values) or None; mask (B, rows * width) or
     None.
@@ -107,18 +118,12 @@ class Pieces:
     axes: list[Axis]
     constant: tuple[Tensor, Tensor] | None
     mask: Tensor | None
-    copies: int = 1
 
     @classmethod
     def of(cls, part: ArrayPart) -> "Pieces | None":
         """None for a part that is not made of such pieces."""
-        if part.replaced is not None and part.token is not None and bool(part.replaced.any()):
-            if not bool(part.replaced.all()) or part.mask is not None:
-                return None
-            everywhere = torch.arange(len(part.token), device=part.token.device)
-            return cls(1, 1, None, [], (everywhere, part.token), None, copies=part.length)
         code = part.position
-        if not isinstance(code, AxisCode) or code.batch_size != 1 or part.combine != "concat":
+        if not isinstance(code, AxisCode) or code.batch_size != 1 or part.combine != "concat" or is_replaced(part):
             return None
         start = 0 if part.features is None else part.features.shape[-1]
         channels: dict[int, list[Tensor]] = {}
@@ -195,33 +200,141 @@ class Pieces:
         return torch.rsqrt(squares.clamp(min=0) / channels + eps)
 
 
+@dataclass
+class Tile:
+    """Some elements of a part, ready for the two matrix products of a read.
+
+    lines (r + 1 + F, m), in the wide dtype: for each of r rows of the grid 1 / deviation of its elements and zero for
+    others; ones; features / deviation, which in half precision are `half` (m, F) instead. inverse: 1 / deviation
+    (r, width) on a grid, else None. mask (m,) or None.
+    """
+
+    lines: Tensor
+    half: Tensor | None
+    rows: slice
+    inverse: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        features: Tensor | None,
+        mask: Tensor | None,
+        wide: torch.dtype,
+        rows: slice = slice(0, 0),
+        inverse: Tensor | None = None,
+    ) -> "Tile":
+        """features (m, F), on a grid without its rows' `inverse`."""
+        lines = []
+        if inverse is not None:
+            by_row = torch.eye(len(inverse), dtype=wide, device=inverse.device)[..., None] * inverse
+            lines = [by_row.flatten(1), torch.ones_like(inverse).view(1, -1)]
+            features = None if features is None else (features * inverse.view(-1, 1)).to(features.dtype)
+        elif features is not None:
+            lines = [features.new_ones(1, len(features), dtype=wide)]
+        half = features if features is not None and features.dtype != wide else None
+        if features is not None and half is None:
+            lines.append(features.T)
+        return cls(torch.cat(lines), half, rows, inverse, mask)
+
+
+@dataclass
+class GridReading:
+    """A part read by its pieces."""
+
+    pieces: Pieces
+
+    @property
+    def elements(self) -> int:
+        return self.pieces.rows * self.pieces.width
+
+    @property
+    def channels(self) -> int:
+        """Of the matrix products."""
+        return self.pieces.feature_channels
+
+    def mask(self, b: int) -> Tensor | None:
+        mask = self.pieces.mask
+        return None if mask is None else mask[min(b, len(mask) - 1)]
+
+    def tiles(self, b: int, norm: nn.LayerNorm, dtype: torch.dtype, wide: torch.dtype) -> Iterator[Tile]:
+        pieces, mask = self.pieces, self.mask(b)
+        features = pieces.example(b)
+        features = None if features is None else features.to(dtype)
+        inverse = pieces.inverse_deviation(features, norm.normalized_shape[0], norm.eps, wide)
+        step = min(max(READ_ELEMENTS // pieces.width, 1), GRID_ROWS)
+        for start in range(0, pieces.rows, step):
+            rows = slice(start, min(start + step, pieces.rows))
+            tile = slice(start * pieces.width, rows.stop * pieces.width)
+            of_tile = None if features is None else features[tile]
+            yield Tile.of(of_tile, None if mask is None else mask[tile], wide, rows, inverse[rows])
+
+
+@dataclass
+class DenseReading:
+    """A part read element by element, without its keys and values; elements that are all alike count `copies` times."""
+
+    part: ArrayPart
+    channels: int
+    copies: int = 1
+
+    @classmethod
+    def of(cls, part: ArrayPart, channels: int) -> "DenseReading | None":
+        """None where positions differ by example."""
+        if part.mask is None and part.token is not None and part.replaced is not None and bool(part.replaced.all()):
+            return cls(ArrayPart(features=part.token[None, None]), channels, copies=part.length)
+        return None if part.position is not None and part.position.batch_size != 1 else cls(part, channels)
+
+    @property
+    def elements(self) -> int:
+        return self.part.length
+
+    def mask(self, b: int) -> Tensor | None:
+        return _example(self.part.mask, b, 0)
+
+    def tiles(self, b: int, norm: nn.LayerNorm, dtype: torch.dtype, wide: torch.dtype) -> Iterator[Tile]:
+        part, mask = self.part, self.mask(b)
+        one = replace(part, features=_example(part.features, b), replaced=_example(part.replaced, b), mask=None)
+        for start in range(0, self.elements, READ_ELEMENTS):
+            tile = slice(start, start + READ_ELEMENTS)
+            x = one.dense(start, min(tile.stop, self.elements))[0].to(dtype)
+            normed = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+            yield Tile.of(normed, None if mask is None else mask[tile], wide)
+
+
+def _example(tensor: Tensor | None, b: int, keep: int = 1) -> Tensor | None:
+    """One example of (1 or B, ...), as a batch of one or (keep=0) without its batch axis."""
+    if tensor is None:
+        return None
+    b = min(b, len(tensor) - 1)
+    return tensor[b : b + 1] if keep else tensor[b]
+
+
 def read(layer: CrossAttentionLayer, latents: Tensor, input_array: InputArray, **kwargs: Any) -> Tensor | None:
     """What `layer` gives for latents (1 or B, N, D) and the input array, (B, N, D); None where the direct form is due."""
     if not can_replace(layer, **kwargs):
         return None
     attention = layer.cross_attn
     heads, num_latents = attention.q_proj.out_features // attention.qk_head_dim, latents.shape[1]
-    parts = [Pieces.of(part) for _, part in input_array]
-    if any(pieces is None for pieces in parts):
-        return None
-    elements = input_array.length
+    channels = attention.k_proj.in_features
+    parts: list[GridReading | DenseReading] = []
+    for _, part in input_array:
+        pieces = Pieces.of(part)
+        # Of a single axis, a table of scores by axis would be all scores.
+        reading = DenseReading.of(part, channels) if pieces is None or pieces.width == 1 else GridReading(pieces)
+        if reading is None:
+            return None
+        parts.append(reading)
     width = attention.k_proj.out_features + attention.v_proj.out_features
-    direct = elements * width * (attention.k_proj.in_features + num_latents)
-    fast = sum(
-        heads * num_latents * pieces.rows * pieces.width * (2 * pieces.feature_channels + PASSES)
-        for pieces in parts
-        if pieces is not None
-    )
+    direct = input_array.length * width * (channels + num_latents)
+    fast = sum(heads * num_latents * part.elements * (2 * part.channels + PASSES) for part in parts)
     if not pays(layer, fast, direct):
         return None
     batch = max(len(latents), input_array.batch_size)
     # (1 or B, heads * N, C), centred over the channels
     latents = latents.to(layer.query_norm.weight.dtype)
     wanted = _asked_channels(layer, latents)
-    read_by_example = [
-        _read_example(layer, wanted[min(b, len(wanted) - 1)], parts, b)  # type: ignore[arg-type]
-        for b in range(batch)
-    ]
+    read_by_example = [_read_example(layer, wanted[min(b, len(wanted) - 1)], parts, b) for b in range(batch)]
     if any(values is None for values in read_by_example):
         return None
     values = torch.stack(read_by_example)  # type: ignore[arg-type] # (B, heads * N, V / heads)
@@ -246,27 +359,30 @@ def _asked_channels(layer: CrossAttentionLayer, latents: Tensor) -> Tensor:
     return asked - asked.mean(-1, keepdim=True)
 
 
-def _read_example(layer: CrossAttentionLayer, asked: Tensor, parts: list[Pieces], b: int) -> Tensor | None:
+def _read_example(
+    layer: CrossAttentionLayer, asked: Tensor, parts: list[GridReading | DenseReading], b: int
+) -> Tensor | None:
     """(heads * N, C) and the input -> values (heads * N, V / heads) before the output projection; None for no input."""
     attention, norm = layer.cross_attn, layer.context_norm
-    wide, dtype = asked.dtype, norm.weight.dtype
+    wide = asked.dtype
+    # float16 has no room for weights that are not yet divided by their sum.
+    dtype = wide if norm.weight.dtype == torch.float16 else norm.weight.dtype
     channels = norm.weight.shape[0]
-    prepared = []
-    for pieces in parts:
-        features = pieces.example(b)
-        features = None if features is None else features.to(dtype)
-        inverse = pieces.inverse_deviation(features, channels, norm.eps, wide)
-        mask = None if pieces.mask is None else pieces.mask[min(b, len(pieces.mask) - 1)]
-        if mask is not None:
-            mask = mask.view(pieces.rows, pieces.width)
-        prepared.append((pieces, features, inverse, mask))
-    if all(mask is not None and not bool(mask.any()) for *_, mask in prepared):
+    if all((mask := part.mask(b)) is not None and not bool(mask.any()) for part in parts):
         if not attention.config.zero_masked_rows:
             return None
         return asked.new_zeros(len(asked), attention.v_head_dim)
-    sums = torch.cat(
-        [_read_rows(asked[rows : rows + READ_ROWS], prepared, dtype) for rows in range(0, len(asked), READ_ROWS)]
-    )
+    readers = [Reader(rows * LOG2_E, dtype) for rows in asked.split(READ_ROWS)]
+    for part in parts:
+        for reader in readers:
+            reader.open(part)
+        for tile in part.tiles(b, norm, dtype, wide):
+            if tile.mask is None or bool(tile.mask.any()):
+                for reader in readers:
+                    reader.add(tile)
+        for reader in readers:
+            reader.close(part)
+    sums = torch.cat([reader.total / reader.weights for reader in readers])
     # The mean over channels that LayerNorm takes from every element is taken once, from their sum.
     sums = (sums - sums.mean(-1, keepdim=True)) * norm.weight.to(wide)
     weight = attention.v_proj.weight.to(wide)
@@ -276,67 +392,98 @@ def _read_example(layer: CrossAttentionLayer, asked: Tensor, parts: list[Pieces]
     return (values + offset.view(heads, 1, -1)).flatten(0, 1)
 
 
-def _read_rows(asked: Tensor, prepared: list[tuple[Pieces, Any, Tensor, Any]], dtype: torch.dtype) -> Tensor:
-    """(n, C) -> the attention-weighted mean of the inputs over their deviations, (n, C); mean of channels still in it."""
-    count, channels = asked.shape
-    shift = asked.new_full((count, 1), -torch.inf)
-    weights = asked.new_zeros(count, 1)
-    accumulated = []
-    for pieces, features, inverse, mask in prepared:
-        # Sums of weight / deviation: times features, and for each row and each place of the grid.
-        feature_sums = asked.new_zeros(count, pieces.feature_channels)
-        row_sums, place_sums = asked.new_zeros(count, pieces.rows), asked.new_zeros(count, pieces.width)
-        accumulated.append((feature_sums, row_sums, place_sums))
-        looked_for = asked[:, : pieces.feature_channels].to(dtype)
+class Reader:
+    """Rows (n, C) of what latents look for, and their softmax over tile after tile.
+
+    total / weights is the attention-weighted mean of the elements over their deviations, (n, C), LayerNorm's mean over
+    the channels still in it. Between `open` and `close` of a part its sums stand apart: of features, and on a grid for
+    each row and each place within a row.
+    """
+
+    def __init__(self, asked: Tensor, dtype: torch.dtype):
+        self.asked, self.dtype = asked, dtype
+        self.shift: Tensor | None = None  # (n, 1), what weights are powers of two above
+        self.weights = asked.new_zeros(len(asked), 1)
+        self.total = torch.zeros_like(asked)
+
+    def open(self, part: GridReading | DenseReading) -> None:
+        asked, count = self.asked, len(self.asked)
+        self.looked_for = asked[:, : part.channels]
+        self.feature_sums = asked.new_zeros(count, part.channels)
+        self.boost = 0.0
+        self.row_sums = self.place_sums = asked.new_zeros(count, 0)
+        self.of_rows = self.of_places = asked.new_zeros(count, 0)
+        if isinstance(part, DenseReading):
+            self.boost = math.log2(part.copies)
+            return
+        pieces = part.pieces
         constant = asked.new_zeros(count)
         if pieces.constant is not None:
             constant = asked[:, pieces.constant[0]] @ pieces.constant[1].to(asked)
         tables = [axis.table.to(asked) @ asked[:, axis.channels].T for axis in pieces.axes]
         of_rows, of_places = pieces.on_grid(tables, constant)
-        of_rows, of_places = of_rows.T, of_places.T  # (n, rows), (n, width)
-        step = max(READ_ELEMENTS // pieces.width, 1)
-        for start in range(0, pieces.rows, step):
-            stop = min(start + step, pieces.rows)
-            tile = slice(start * pieces.width, stop * pieces.width)
-            scores = of_rows[:, start:stop, None] + of_places[:, None]  # (n, rows, width)
-            if features is not None:
-                scores += (looked_for @ features[tile].T).view(scores.shape)
-            scores *= inverse[start:stop]
-            if pieces.copies > 1:
-                scores += math.log(pieces.copies)
-            if mask is not None:
-                if not bool(mask[start:stop].any()):
-                    continue
-                scores.masked_fill_(~mask[start:stop], -torch.inf)
-            highest = scores.amax(dim=(1, 2))[:, None]
-            if bool((highest > shift + SLACK).any()):
-                higher = torch.maximum(highest, shift)
-                factor = torch.exp(shift - higher)
-                weights *= factor
-                for sums in accumulated:
-                    for array in sums:
-                        array *= factor
-                shift = higher
-            scores = scores.sub_(shift[..., None]).exp_()
-            weights += scores.sum(dim=(1, 2))[:, None]
-            scores *= inverse[start:stop]
-            if features is not None:
-                feature_sums += scores.view(count, -1).to(dtype) @ features[tile]
-            row_sums[:, start:stop] = scores.sum(2)
-            for row in scores.unbind(1):  # a third of what a strided sum takes
-                place_sums += row
-    total = asked.new_zeros(count, channels)
-    for (pieces, *_), (feature_sums, row_sums, place_sums) in zip(prepared, accumulated, strict=True):
-        total[:, : pieces.feature_channels] += feature_sums
-        for axis in pieces.axes:
+        self.of_rows, self.of_places = of_rows.T.contiguous(), of_places.T.contiguous()  # (n, rows), (n, width)
+        self.row_sums, self.place_sums = torch.zeros_like(self.of_rows), torch.zeros_like(self.of_places)
+
+    def add(self, tile: Tile) -> None:
+        on_grid = tile.rows.stop - tile.rows.start
+        sums = None
+        if self.shift is not None:
+            scores = self._scores(tile, self.shift).exp2_()
+            sums = tile.lines @ scores.T  # (r + 1 + F, n); the other way round takes up to five times as long
+            if not bool(sums[on_grid].max() <= LARGEST_WEIGHT):
+                sums = None
+        if sums is None:
+            scores = self._scores(tile, None)
+            shift = self._raise_shift(scores.amax(dim=1, keepdim=True))
+            sums = tile.lines @ scores.sub_(shift).exp2_().T
+        self.weights += sums[on_grid, :, None]
+        self.feature_sums += sums[on_grid + 1 :].T if tile.half is None else scores.to(self.dtype) @ tile.half
+        if tile.inverse is not None:
+            self.row_sums[:, tile.rows] = sums[:on_grid].T
+            for row, inverse in zip(scores.view(len(scores), *tile.inverse.shape).unbind(1), tile.inverse, strict=True):
+                self.place_sums.addcmul_(row, inverse)
+
+    def _scores(self, tile: Tile, shift: Tensor | None) -> Tensor:
+        """(n, m), less the shift"""
+        less = self.weights.new_full(self.weights.shape, self.boost) if shift is None else self.boost - shift
+        rows = [self.of_rows[:, tile.rows], less]
+        if tile.half is None:
+            rows.append(self.looked_for)
+        left = torch.cat(rows, dim=1)
+        if tile.inverse is None:
+            scores = left @ tile.lines
+        else:
+            scores = (self.of_places[:, None] * tile.inverse).flatten(1).addmm_(left, tile.lines)
+        if tile.half is not None:
+            scores += self.looked_for.to(self.dtype) @ tile.half.T
+        if tile.mask is not None:
+            scores.masked_fill_(~tile.mask, -torch.inf)
+        return scores
+
+    def _raise_shift(self, highest: Tensor) -> Tensor:
+        if self.shift is not None:
+            highest = torch.maximum(highest, self.shift)
+            factor = torch.exp2(self.shift - highest)
+            for sums in (self.weights, self.total, self.feature_sums, self.row_sums, self.place_sums):
+                sums *= factor
+        self.shift = highest
+        return highest
+
+    def close(self, part: GridReading | DenseReading) -> None:
+        total = self.total
+        total[:, : part.channels] += self.feature_sums
+        if isinstance(part, DenseReading):
+            return
+        for axis in part.pieces.axes:
             if axis.index is None:
-                of_axis = place_sums
+                of_axis = self.place_sums
             else:
-                of_axis = row_sums.new_zeros(count, len(axis.table)).index_add_(1, axis.index, row_sums)
+                of_axis = total.new_zeros(len(total), len(axis.table)).index_add_(1, axis.index, self.row_sums)
             total[:, axis.channels] += of_axis @ axis.table.to(total)
-        if pieces.constant is not None:
-            total[:, pieces.constant[0]] += row_sums.sum(1, keepdim=True) * pieces.constant[1].to(total)
-    return total / weights
+        if part.pieces.constant is not None:
+            channels, values = part.pieces.constant
+            total[:, channels] += self.row_sums.sum(1, keepdim=True) * values.to(total)
 
 
 class FastWriter:
@@ -388,6 +535,8 @@ class FastWriter:
         asked, offset = self.asked
         tile = WRITE_SCORES // (self.heads * self.num_latents)
         step = max(min(tile, limit or tile) // pieces.width, 1)
+        if pieces.width > 1:
+            step = min(step, GRID_ROWS)
         out = None
         for b in range(max(self.batch, part.batch_size)):
             i = min(b, self.batch - 1)
@@ -428,17 +577,29 @@ class FastWriter:
         if pieces.constant is not None:
             constant = asked[:, pieces.constant[0]] @ pieces.constant[1].to(asked)
         tables = [axis.table.to(asked) @ asked[:, axis.channels].T for axis in pieces.axes]
-        looked_for = asked[:, : pieces.feature_channels].to(self.dtype).T
+        looked_for = asked[:, : pieces.feature_channels].T
+        exact = features is not None and features.dtype == self.wide
+        # Memory that is used again and again: fresh memory costs as much as what is written to it.
+        scores_of_tile = asked.new_empty(min(step, pieces.rows) * pieces.width, len(asked))
+        weights_of_tile = asked.new_empty(len(scores_of_tile), self.heads, self.num_latents)
         for start in range(0, pieces.rows, step):
-            stop = min(start + step, pieces.rows)
-            tile = slice(start * pieces.width, stop * pieces.width)
-            of_rows, of_places = pieces.on_grid(tables, constant, start, stop)
-            scores = of_rows[:, None] + of_places  # (rows, width, H * N)
-            if features is not None:
-                scores += (features[tile] @ looked_for).view(scores.shape)
-            scores = torch.addcmul(offset, scores, inverse[start:stop, :, None])
-            weights = scores.view(-1, self.heads, self.num_latents).softmax(-1).to(values.dtype)
-            attended = (weights.transpose(0, 1) @ values).transpose(0, 1).flatten(1)  # (m, H * V)
+            rows = slice(start, min(start + step, pieces.rows))
+            tile = slice(start * pieces.width, rows.stop * pieces.width)
+            of_rows, of_places = pieces.on_grid(tables, constant, rows.start, rows.stop)
+            now = Tile.of(None if features is None else features[tile], None, self.wide, rows, inverse[rows])
+            scores = scores_of_tile[: tile.stop - tile.start]
+            if pieces.width == 1:
+                torch.addcmul(offset, of_rows, inverse[rows], out=scores)
+                scores = scores.addmm_(now.lines[-len(looked_for) :].T, looked_for) if exact else scores
+            else:
+                right = torch.cat([of_rows, offset[None], *([looked_for] if exact else [])])
+                torch.mul(of_places, inverse[rows, :, None], out=scores.unflatten(0, (-1, pieces.width)))
+                scores.addmm_(now.lines.T, right)
+            if now.half is not None:
+                scores += now.half @ looked_for.to(self.dtype)
+            weights = weights_of_tile[: len(scores)]
+            torch.softmax(scores.unflatten(1, (self.heads, -1)), dim=-1, out=weights)
+            attended = (weights.to(values.dtype).transpose(0, 1) @ values).transpose(0, 1).flatten(1)  # (m, H * V)
             if pieces.mask is not None:
                 attended = attended.masked_fill(~pieces.mask[min(b, len(pieces.mask) - 1), tile, None], 0.0)
             query = None
@@ -459,6 +620,9 @@ class ReadOut:
     def __init__(self, layer: CrossAttentionLayer, heads: int, linear: Linear | None):
         attention, norm, mlp = layer.cross_attn, layer.mlp_norm, layer.mlp
         self.act = mlp.act
+        self.buffer: Tensor | None = (
+            None  # the widest tensor of a tile, used again: fresh memory costs as much as a pass
+        )
         self.eps = norm.eps
         channels, v_channels = attention.o_proj.out_features, attention.o_proj.in_features
         dtype = norm.weight.dtype
@@ -483,7 +647,7 @@ class ReadOut:
             triangle = torch.linalg.qr(centred, mode="r").R / math.sqrt(channels)
             self.triangle = (triangle[:, :-1].to(dtype), triangle[:, -1].to(dtype))
             hidden = up @ centred
-            self.hidden = (hidden[:, :-1].to(dtype), hidden[:, -1].to(dtype))
+            self.hidden = hidden.to(dtype)
             bias = bias + last @ w(attention.o_proj.bias)
             last = last @ output
         elif heads == 1 and channels <= v_channels:
@@ -496,15 +660,24 @@ class ReadOut:
 
     def __call__(self, attended: Tensor, query: Tensor | None) -> Tensor:
         if self.triangle is not None:
-            deviation = F.linear(attended, *self.triangle)
-            inverse = torch.rsqrt(deviation.square().sum(-1, keepdim=True, dtype=wide_dtype(attended.dtype)) + self.eps)
-            hidden = F.linear(attended, *self.hidden) * inverse.to(attended.dtype) + self.up_bias
+            squares = (
+                F.linear(attended, *self.triangle).square_().sum(-1, keepdim=True, dtype=wide_dtype(attended.dtype))
+            )
+            inverse = torch.rsqrt(squares + self.eps).to(attended.dtype)
+            into_hidden = torch.cat([attended * inverse, inverse], dim=-1)
+            up = self.hidden
             x = attended
         else:
             weight, bias = self.output
             x = attended + bias if weight is None else F.linear(attended, weight, bias)
             if query is not None:
                 x = x + query
-            hidden = F.linear(F.layer_norm(x, x.shape[-1:], eps=self.eps), self.up, self.up_bias)
-        out = F.linear(self.act(hidden), self.down, self.bias)
+            into_hidden = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+            up = self.up
+        if self.buffer is None or len(self.buffer) < len(attended):
+            self.buffer = attended.new_empty(len(attended), len(up))
+        hidden = torch.addmm(self.up_bias, into_hidden, up.T, out=self.buffer[: len(attended)])
+        for some in hidden.split(max(ACTIVATED // hidden.shape[1], 1)):
+            some.copy_(self.act(some))
+        out = F.linear(hidden, self.down, self.bias)
         return out + (x if self.residual is None else F.linear(x, self.residual))
