@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import PIXELS, TINY, assert_same, config_of, fourier, grid, tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_perceiver import PerceiverIOForOpticalFlow, PerceiverIOModel, fast_attention
 from hf_perceiver.fast_attention import FastWriter, can_replace, read
@@ -212,6 +213,31 @@ def test_free_coordinates_take_the_direct_form_and_agree(taken):
     asked = {"coordinates": torch.rand(2, 5, 3).double() * 2 - 1}
     assert_same(answers(fast, inputs, **asked).logits, answers(direct, inputs, **asked).logits, rtol=0, atol=1e-11)
     assert taken["write"] == 0
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that was made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.numbers = max([self.numbers, *(x.untyped_storage().nbytes() // x.itemsize for x in made)])
+        return out
+
+
+@pytest.mark.parametrize("shape", [(2, 5000, 4), (2, 100, 50, 4)])
+def test_long_arrays_and_few_latents_make_no_large_tensors(shape, taken):
+    """None larger than the dense array of one example; elements times elements would be 25,000,000 numbers."""
+    position = fourier(*shape[1:-1])
+    preprocessor = grid({"kind": "values", "channels": 4}, position)
+    case = flow_case(preprocessor=preprocessor, postprocessor={"kind": "projection", "num_outputs": 2})
+    model = case.model(fast_attention="always")
+    with Largest() as largest:
+        answers(model, {"inputs": torch.randn(*shape)})
+    assert taken == {"read": 1, "write": 1}
+    assert largest.numbers <= 5000 * model.preprocessor.channels
 
 
 # Where it steps aside

@@ -586,17 +586,19 @@ class FastWriter:
             rows = slice(start, min(start + step, pieces.rows))
             tile = slice(start * pieces.width, rows.stop * pieces.width)
             of_rows, of_places = pieces.on_grid(tables, constant, rows.start, rows.stop)
-            now = Tile.of(None if features is None else features[tile], None, self.wide, rows, inverse[rows])
+            of_tile = None if features is None else features[tile]
             scores = scores_of_tile[: tile.stop - tile.start]
             if pieces.width == 1:
                 torch.addcmul(offset, of_rows, inverse[rows], out=scores)
-                scores = scores.addmm_(now.lines[-len(looked_for) :].T, looked_for) if exact else scores
+                rest = None if of_tile is None else (of_tile * inverse[rows]).to(self.dtype)
             else:
+                now = Tile.of(of_tile, None, self.wide, rows, inverse[rows])
                 right = torch.cat([of_rows, offset[None], *([looked_for] if exact else [])])
                 torch.mul(of_places, inverse[rows, :, None], out=scores.unflatten(0, (-1, pieces.width)))
                 scores.addmm_(now.lines.T, right)
-            if now.half is not None:
-                scores += now.half @ looked_for.to(self.dtype)
+                rest = now.half
+            if rest is not None:
+                scores += rest @ looked_for.to(self.dtype)
             weights = weights_of_tile[: len(scores)]
             torch.softmax(scores.unflatten(1, (self.heads, -1)), dim=-1, out=weights)
             attended = (weights.to(values.dtype).transpose(0, 1) @ values).transpose(0, 1).flatten(1)  # (m, H * V)
@@ -620,9 +622,8 @@ class ReadOut:
     def __init__(self, layer: CrossAttentionLayer, heads: int, linear: Linear | None):
         attention, norm, mlp = layer.cross_attn, layer.mlp_norm, layer.mlp
         self.act = mlp.act
-        self.buffer: Tensor | None = (
-            None  # the widest tensor of a tile, used again: fresh memory costs as much as a pass
-        )
+        # The widest tensor of a tile, used again: fresh memory costs as much as a pass.
+        self.buffer: Tensor | None = None
         self.eps = norm.eps
         channels, v_channels = attention.o_proj.out_features, attention.o_proj.in_features
         dtype = norm.weight.dtype
@@ -646,8 +647,7 @@ class ReadOut:
             centred = centred - centred.mean(0)  # (E, V + 1)
             triangle = torch.linalg.qr(centred, mode="r").R / math.sqrt(channels)
             self.triangle = (triangle[:, :-1].to(dtype), triangle[:, -1].to(dtype))
-            hidden = up @ centred
-            self.hidden = hidden.to(dtype)
+            self.hidden = (up @ centred).to(dtype)
             bias = bias + last @ w(attention.o_proj.bias)
             last = last @ output
         elif heads == 1 and channels <= v_channels:
@@ -660,10 +660,9 @@ class ReadOut:
 
     def __call__(self, attended: Tensor, query: Tensor | None) -> Tensor:
         if self.triangle is not None:
-            squares = (
-                F.linear(attended, *self.triangle).square_().sum(-1, keepdim=True, dtype=wide_dtype(attended.dtype))
-            )
-            inverse = torch.rsqrt(squares + self.eps).to(attended.dtype)
+            squares = F.linear(attended, *self.triangle).square_()
+            variance = squares.sum(-1, keepdim=True, dtype=wide_dtype(attended.dtype))
+            inverse = torch.rsqrt(variance + self.eps).to(attended.dtype)
             into_hidden = torch.cat([attended * inverse, inverse], dim=-1)
             up = self.hidden
             x = attended
