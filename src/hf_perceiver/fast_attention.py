@@ -179,25 +179,32 @@ class Pieces:
                 by_row = by_row + table[axis.index[start:stop]]
         return by_row, by_place
 
-    def inverse_deviation(self, features: Tensor | None, channels: int, eps: float, wide: torch.dtype) -> Tensor:
-        """LayerNorm's 1 / sqrt(variance + eps) of every element, (rows, width)"""
-        device = self.device
-        constant = torch.zeros(0, dtype=wide, device=device) if self.constant is None else self.constant[1].to(wide)
+    def inverse_deviations(
+        self, channels: int, eps: float, wide: torch.dtype
+    ) -> Callable[[slice, Tensor | None], Tensor]:
+        """LayerNorm's 1 / sqrt(variance + eps) as a function: rows, their features (r * width, F) or None -> (r, width)"""
+        constant = (
+            torch.zeros(0, dtype=wide, device=self.device) if self.constant is None else self.constant[1].to(wide)
+        )
         tables = [axis.table.to(wide) for axis in self.axes]
-        by_row, by_place = self.on_grid([table.sum(1) for table in tables], constant.sum())
-        sums = by_row[:, None] + by_place  # (rows, width), without the features
-        by_row, by_place = self.on_grid([table.square().sum(1) for table in tables], constant.square().sum())
-        squares = by_row[:, None] + by_place
+        sums_of, squares_of = [table.sum(1) for table in tables], [table.square().sum(1) for table in tables]
         others = channels - self.feature_channels
-        if features is None:
-            mean = sums / channels
-            squares = squares - channels * mean.square()
-        else:
-            grid = features.to(wide).unflatten(0, (self.rows, self.width))
-            mean = (sums + grid.sum(-1)) / channels
-            # Codes and constants are of the order of one; features may lie far from zero, so they are centred first.
-            squares = squares - 2 * mean * sums + others * mean.square() + (grid - mean[..., None]).square().sum(-1)
-        return torch.rsqrt(squares.clamp(min=0) / channels + eps)
+
+        def inverse(rows: slice, features: Tensor | None) -> Tensor:
+            by_row, by_place = self.on_grid(sums_of, constant.sum(), rows.start, rows.stop)
+            sums = by_row[:, None] + by_place  # (r, width), without the features
+            by_row, by_place = self.on_grid(squares_of, constant.square().sum(), rows.start, rows.stop)
+            squares = by_row[:, None] + by_place
+            if features is None:
+                squares = squares - sums.square() / channels
+            else:
+                grid = features.to(wide).unflatten(0, sums.shape)
+                mean = (sums + grid.sum(-1)) / channels
+                # Codes and constants are of the order of one; features may lie far from zero, so they are centred first.
+                squares = squares - 2 * mean * sums + others * mean.square() + (grid - mean[..., None]).square().sum(-1)
+            return torch.rsqrt(squares.clamp(min=0) / channels + eps)
+
+        return inverse
 
 
 @dataclass
@@ -249,6 +256,12 @@ class GridReading:
         return self.pieces.rows * self.pieces.width
 
     @property
+    def tile(self) -> int:
+        """Elements at a time, whole rows of the grid."""
+        rows = min(max(READ_ELEMENTS // self.pieces.width, 1), GRID_ROWS, self.pieces.rows)
+        return rows * self.pieces.width
+
+    @property
     def channels(self) -> int:
         """Of the matrix products."""
         return self.pieces.feature_channels
@@ -260,14 +273,13 @@ class GridReading:
     def tiles(self, b: int, norm: nn.LayerNorm, dtype: torch.dtype, wide: torch.dtype) -> Iterator[Tile]:
         pieces, mask = self.pieces, self.mask(b)
         features = pieces.example(b)
-        features = None if features is None else features.to(dtype)
-        inverse = pieces.inverse_deviation(features, norm.normalized_shape[0], norm.eps, wide)
-        step = min(max(READ_ELEMENTS // pieces.width, 1), GRID_ROWS)
+        inverse_of = pieces.inverse_deviations(norm.normalized_shape[0], norm.eps, wide)
+        step = self.tile // pieces.width
         for start in range(0, pieces.rows, step):
             rows = slice(start, min(start + step, pieces.rows))
             tile = slice(start * pieces.width, rows.stop * pieces.width)
-            of_tile = None if features is None else features[tile]
-            yield Tile.of(of_tile, None if mask is None else mask[tile], wide, rows, inverse[rows])
+            of_tile = None if features is None else features[tile].to(dtype)
+            yield Tile.of(of_tile, None if mask is None else mask[tile], wide, rows, inverse_of(rows, of_tile))
 
 
 @dataclass
@@ -289,14 +301,19 @@ class DenseReading:
     def elements(self) -> int:
         return self.part.length
 
+    @property
+    def tile(self) -> int:
+        """Elements at a time."""
+        return min(READ_ELEMENTS, self.elements)
+
     def mask(self, b: int) -> Tensor | None:
         return _example(self.part.mask, b, 0)
 
     def tiles(self, b: int, norm: nn.LayerNorm, dtype: torch.dtype, wide: torch.dtype) -> Iterator[Tile]:
         part, mask = self.part, self.mask(b)
         one = replace(part, features=_example(part.features, b), replaced=_example(part.replaced, b), mask=None)
-        for start in range(0, self.elements, READ_ELEMENTS):
-            tile = slice(start, start + READ_ELEMENTS)
+        for start in range(0, self.elements, self.tile):
+            tile = slice(start, start + self.tile)
             x = one.dense(start, min(tile.stop, self.elements))[0].to(dtype)
             normed = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
             yield Tile.of(normed, None if mask is None else mask[tile], wide)
@@ -372,7 +389,10 @@ def _read_example(
         if not attention.config.zero_masked_rows:
             return None
         return asked.new_zeros(len(asked), attention.v_head_dim)
-    readers = [Reader(rows * LOG2_E, dtype) for rows in asked.split(READ_ROWS)]
+    # Used again and again: fresh memory costs as much as what is written to it.
+    memory = asked.new_empty(min(len(asked), READ_ROWS) * max(part.tile for part in parts))
+    half_memory = torch.empty_like(memory, dtype=dtype) if dtype != wide else memory
+    readers = [Reader(rows * LOG2_E, memory, half_memory) for rows in asked.split(READ_ROWS)]
     for part in parts:
         for reader in readers:
             reader.open(part)
@@ -400,8 +420,9 @@ class Reader:
     each row and each place within a row.
     """
 
-    def __init__(self, asked: Tensor, dtype: torch.dtype):
-        self.asked, self.dtype = asked, dtype
+    def __init__(self, asked: Tensor, memory: Tensor, half_memory: Tensor):
+        """memory, half_memory: room for the scores of a tile, in the wide dtype and in that of the products."""
+        self.asked, self.memory, self.half_memory = asked, memory, half_memory
         self.shift: Tensor | None = None  # (n, 1), what weights are powers of two above
         self.weights = asked.new_zeros(len(asked), 1)
         self.total = torch.zeros_like(asked)
@@ -409,6 +430,7 @@ class Reader:
     def open(self, part: GridReading | DenseReading) -> None:
         asked, count = self.asked, len(self.asked)
         self.looked_for = asked[:, : part.channels]
+        self.looked_for_in_half = self.looked_for.to(self.half_memory.dtype)
         self.feature_sums = asked.new_zeros(count, part.channels)
         self.boost = 0.0
         self.row_sums = self.place_sums = asked.new_zeros(count, 0)
@@ -438,7 +460,10 @@ class Reader:
             shift = self._raise_shift(scores.amax(dim=1, keepdim=True))
             sums = tile.lines @ scores.sub_(shift).exp2_().T
         self.weights += sums[on_grid, :, None]
-        self.feature_sums += sums[on_grid + 1 :].T if tile.half is None else scores.to(self.dtype) @ tile.half
+        if tile.half is None:
+            self.feature_sums += sums[on_grid + 1 :].T
+        else:
+            self.feature_sums += self.half_memory[: scores.numel()].view(scores.shape).copy_(scores) @ tile.half
         if tile.inverse is not None:
             self.row_sums[:, tile.rows] = sums[:on_grid].T
             for row, inverse in zip(scores.view(len(scores), *tile.inverse.shape).unbind(1), tile.inverse, strict=True):
@@ -451,12 +476,20 @@ class Reader:
         if tile.half is None:
             rows.append(self.looked_for)
         left = torch.cat(rows, dim=1)
-        if tile.inverse is None:
-            scores = left @ tile.lines
-        else:
-            scores = (self.of_places[:, None] * tile.inverse).flatten(1).addmm_(left, tile.lines)
+        count, elements = len(left), tile.lines.shape[1]
+        scores = self.memory[: count * elements].view(count, elements)
+        places = None if tile.inverse is None else scores.view(count, *tile.inverse.shape)
         if tile.half is not None:
-            scores += self.looked_for.to(self.dtype) @ tile.half.T
+            in_half = self.half_memory[: scores.numel()].view(scores.shape)
+            scores.copy_(torch.mm(self.looked_for_in_half, tile.half.T, out=in_half))
+            if places is not None:
+                places.addcmul_(self.of_places[:, None], tile.inverse)  # type: ignore[arg-type]
+            scores.addmm_(left, tile.lines)
+        elif places is not None:
+            torch.mul(self.of_places[:, None], tile.inverse, out=places)  # type: ignore[arg-type]
+            scores.addmm_(left, tile.lines)
+        else:
+            torch.mm(left, tile.lines, out=scores)
         if tile.mask is not None:
             scores.masked_fill_(~tile.mask, -torch.inf)
         return scores
@@ -571,37 +604,42 @@ class FastWriter:
     ) -> Iterator[tuple[slice, Tensor]]:
         """asked (H * N, C), offset (H * N,), values (H, N, V) of one example -> its answers (o, K), tile by tile"""
         features = pieces.example(b)
-        features = None if features is None else features.to(self.dtype)
-        inverse = pieces.inverse_deviation(features, asked.shape[1], self.layer.query_norm.eps, self.wide)
+        inverse_of = pieces.inverse_deviations(asked.shape[1], self.layer.query_norm.eps, self.wide)
         constant = asked.new_zeros(len(asked))
         if pieces.constant is not None:
             constant = asked[:, pieces.constant[0]] @ pieces.constant[1].to(asked)
         tables = [axis.table.to(asked) @ asked[:, axis.channels].T for axis in pieces.axes]
         looked_for = asked[:, : pieces.feature_channels].T
-        exact = features is not None and features.dtype == self.wide
+        looked_for_in_half = looked_for.to(self.dtype)
+        one_product = features is not None and self.dtype == self.wide and pieces.width > 1
         # Memory that is used again and again: fresh memory costs as much as what is written to it.
-        scores_of_tile = asked.new_empty(min(step, pieces.rows) * pieces.width, len(asked))
-        weights_of_tile = asked.new_empty(len(scores_of_tile), self.heads, self.num_latents)
+        scores_of_tile, weights_of_tile = asked.new_empty(2, min(step, pieces.rows) * pieces.width, len(asked))
+        half_of_tile = torch.empty_like(scores_of_tile, dtype=self.dtype) if self.dtype != self.wide else None
         for start in range(0, pieces.rows, step):
             rows = slice(start, min(start + step, pieces.rows))
             tile = slice(start * pieces.width, rows.stop * pieces.width)
             of_rows, of_places = pieces.on_grid(tables, constant, rows.start, rows.stop)
-            of_tile = None if features is None else features[tile]
-            scores = scores_of_tile[: tile.stop - tile.start]
-            if pieces.width == 1:
-                torch.addcmul(offset, of_rows, inverse[rows], out=scores)
-                rest = None if of_tile is None else (of_tile * inverse[rows]).to(self.dtype)
+            of_tile = None if features is None else features[tile].to(self.dtype)
+            inverse = inverse_of(rows, of_tile)
+            scores, weights = scores_of_tile[: inverse.numel()], weights_of_tile[: inverse.numel()]
+            on_grid = scores.unflatten(0, inverse.shape)
+            if one_product:
+                right = torch.cat([of_rows, offset[None], looked_for])
+                torch.mul(of_places, inverse[..., None], out=on_grid)
+                scores.addmm_(Tile.of(of_tile, None, self.wide, rows, inverse).lines.T, right)
             else:
-                now = Tile.of(of_tile, None, self.wide, rows, inverse[rows])
-                right = torch.cat([of_rows, offset[None], *([looked_for] if exact else [])])
-                torch.mul(of_places, inverse[rows, :, None], out=scores.unflatten(0, (-1, pieces.width)))
-                scores.addmm_(now.lines.T, right)
-                rest = now.half
-            if rest is not None:
-                scores += rest @ looked_for.to(self.dtype)
-            weights = weights_of_tile[: len(scores)]
-            torch.softmax(scores.unflatten(1, (self.heads, -1)), dim=-1, out=weights)
-            attended = (weights.to(values.dtype).transpose(0, 1) @ values).transpose(0, 1).flatten(1)  # (m, H * V)
+                # A product of so few channels would take longer than these passes.
+                torch.add(of_rows[:, None], of_places, out=on_grid)
+                if of_tile is not None and half_of_tile is not None:
+                    scores += weights.copy_(torch.mm(of_tile, looked_for_in_half, out=half_of_tile[: len(scores)]))
+                elif of_tile is not None:
+                    scores.addmm_(of_tile, looked_for)
+                scores, weights = torch.addcmul(offset, scores, inverse.view(-1, 1), out=weights), scores
+            by_head = (self.heads, self.num_latents)
+            weights = torch.softmax(scores.unflatten(1, by_head), dim=-1, out=weights.unflatten(1, by_head))
+            if half_of_tile is not None:
+                weights = half_of_tile[: len(weights)].view(weights.shape).copy_(weights)
+            attended = (weights.transpose(0, 1) @ values).transpose(0, 1).flatten(1)  # (m, H * V)
             if pieces.mask is not None:
                 attended = attended.masked_fill(~pieces.mask[min(b, len(pieces.mask) - 1), tile, None], 0.0)
             query = None
