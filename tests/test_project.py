@@ -34,7 +34,7 @@ LAYERS = [
     ["modeling_perceiver_io"],
     ["heads_text", "heads_vision", "heads_multimodal"],
     ["builtin", "bundled", "hub", "flow_files", "flow_metrics"],
-    ["pipeline_optical_flow", "pipeline_multimodal_autoencoding", "flow", "benchmark", "export"],
+    ["pipeline_optical_flow", "pipeline_multimodal_autoencoding", "flow", "export"],
 ]
 # Files <-> tensors: beside the model, on the configuration alone.
 PROCESSORS = [
@@ -194,7 +194,7 @@ def test_importing_a_file_needs_nothing_but_transformers_and_its_dependencies(pa
 
 
 def test_no_file_of_the_library_imports_training_or_a_program():
-    forbidden = {"training", *PROGRAMS}
+    forbidden = {"training", "benchmark", *PROGRAMS}
     assert not [p.name for p in FLAT_FILES if forbidden & {name.split(".")[0] for name in relative_imports(p)}]
 
 
