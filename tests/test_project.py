@@ -34,7 +34,15 @@ LAYERS = [
     ["modeling_perceiver_io"],
     ["heads_text", "heads_vision", "heads_multimodal"],
     ["builtin", "bundled", "hub", "flow_files", "flow_metrics"],
-    ["pipeline_optical_flow", "pipeline_multimodal_autoencoding", "flow", "export"],
+    [
+        "pipeline_optical_flow",
+        "pipeline_multimodal_autoencoding",
+        "pipeline_fill_mask",
+        "flow",
+        "export",
+        "export_inputs",
+        "traced_attention",
+    ],
 ]
 # Files <-> tensors: beside the model, on the configuration alone.
 PROCESSORS = [

@@ -134,7 +134,8 @@ class Encoder(nn.Module):
         for step, index in self.plan:
             if step == "read":
                 layer: Any = self.cross_attends[index]
-                fast = read(layer, latents, input_array, **kwargs)
+                exported = getattr(layer, "traced_reader", None)  # see traced_attention.py
+                fast = exported(latents, input_array) if exported else read(layer, latents, input_array, **kwargs)
                 if fast is None and context is None:
                     context, mask = input_array.dense(), input_array.mask()
                 latents = layer(latents, context, mask, **kwargs) if fast is None else fast
@@ -510,6 +511,13 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
             written = writer.write(part, linear, then, chunk_size)
             if written is not None:
                 return written
+        if torch.compiler.is_compiling() and chunk_size is None:
+            exported = getattr(self.decoder, "traced_writers", {}).get(name)  # see traced_attention.py
+            if exported is not None:
+                return exported(part, *key_value)
+            # A traced loop over chunks would be fixed to its number of queries.
+            decoded = self.decoder(part.dense(), key_value, part.mask, **kwargs)  # type: ignore[misc]
+            return decoded if read_out is None else read_out(decoded, name)
         chunk_size = chunk_size or self._chunk_size(part, key_value, **kwargs)
         # At least one chunk: no points asked are an empty answer of the right width.
         starts = range(0, max(part.length, 1), chunk_size)
@@ -533,8 +541,8 @@ class PerceiverIOModel(PerceiverIOPreTrainedModel):
     def _chunk_size(self, part: ArrayPart, key_value: tuple[Tensor, Tensor], **kwargs: Any) -> int:
         """How many queries to decode at a time where the caller does not say."""
         of_attentions = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
-        # Gradients keep every chunk's tensors anyway; a traced loop would be fixed to its number of queries.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or of_attentions:
+        # Gradients keep every chunk's tensors anyway.
+        if torch.is_grad_enabled() or of_attentions:
             return max(part.length, 1)
         keys, values = key_value
         query_width = self.decoder.cross_attend.query_norm.normalized_shape[0]  # type: ignore[union-attr]

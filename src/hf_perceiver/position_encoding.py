@@ -91,6 +91,9 @@ class AxisCode:
     def dense(self, start: int, stop: int) -> Tensor:
         if self.points is None and (start, stop) == (0, self.length):
             return self._whole()
+        if self.points is None and start == 0 and stop == 1:
+            # The first point needs no division by sizes, which may be traced.
+            return torch.cat([values[:1] for _, values in self.blocks], dim=-1)[None]
         device = self.blocks[0][1].device
         points = torch.arange(start, stop, device=device) if self.points is None else self.points[..., start:stop]
         indices = unravel(points.to(device), self.grid)
@@ -259,14 +262,16 @@ class FourierPositionEncoding(PositionEncoding):
             bands = torch.linspace(1.0, resolution / 2, self.num_bands, device=device, dtype=torch.float32)
             angles.append(math.pi * (coordinate(axis)[..., None] * bands))
         blocks = [(axis, coordinate(axis)[..., None]) for axis in range(self.num_axes)] if self.concat_pos else []
-        blocks += [(axis, torch.sin(angle)) for axis, angle in enumerate(angles)]
+        # Other runtimes are not exact in float32 for angles of hundreds.
+        exact = torch.float64 if torch.compiler.is_exporting() else torch.float32
+        blocks += [(axis, torch.sin(angle.to(exact)).to(torch.float32)) for axis, angle in enumerate(angles)]
         if not self.sine_only:
-            blocks += [(axis, torch.cos(angle)) for axis, angle in enumerate(angles)]
+            blocks += [(axis, torch.cos(angle.to(exact)).to(torch.float32)) for axis, angle in enumerate(angles)]
         return blocks
 
     def _axis_coordinates(self, axis: int, n: int, device: torch.device) -> Tensor:
         if self.rule == "dense":
-            return torch.linspace(-1.0, 1.0, n, device=device, dtype=torch.float32)
+            return from_end_to_end(n, device)
         # DeepMind divides by n, not n - 1: the last point never reaches +1, and the weights were trained so.
         steps = n if self.rule == "sampled" else self.max_resolution[axis]  # type: ignore[index]
         if n > steps:
@@ -420,6 +425,17 @@ def build_position_encoding(spec: dict | None) -> PositionEncoding | None:
 def truncated_normal_(tensor: Tensor, std: float) -> None:
     """Normal cut at two standard deviations, as Haiku's TruncatedNormal; leaves loaded tensors alone."""
     init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+
+
+def from_end_to_end(n: int, device: torch.device) -> Tensor:
+    """linspace(-1, 1, n), of a number that is being traced as well, which torch's own would fix."""
+    if not torch.compiler.is_compiling():
+        return torch.linspace(-1.0, 1.0, n, device=device, dtype=torch.float32)
+    index = torch.arange(n, device=device, dtype=torch.float64)
+    last = index[-1:].clamp(min=1)
+    # As torch's own rounds: a step in float32, which is fused with what it is multiplied by, from both ends to the middle.
+    step = (2 / last).to(torch.float32).to(torch.float64)
+    return torch.where(2 * index + 1 <= last, -1 + step * index, 1 - step * (last - index)).to(torch.float32)
 
 
 def unravel(points: Tensor, grid: Grid) -> list[Tensor]:

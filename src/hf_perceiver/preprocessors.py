@@ -280,10 +280,10 @@ class MultimodalPreprocessor(Preprocessor):
                 at = (coordinates or {}).get(name)
                 options = kwargs if at is None else {**kwargs, "coordinates": at}
                 parts[name] = self._part(name, module, inputs[name], (mask or {}).get(name), options)
-        sizes = {part.batch_size for part in parts.values()} - {1}
-        if len(sizes) > 1:
-            raise ValueError(f"modalities disagree on the batch size: { {n: p.batch_size for n, p in parts.items()} }")
         batch_size = max(part.batch_size for part in parts.values())
+        # No set of sizes: traced ones cannot be hashed.
+        if any(part.batch_size not in (1, batch_size) for part in parts.values()):
+            raise ValueError(f"modalities disagree on the batch size: { {n: p.batch_size for n, p in parts.items()} }")
         if self.mask_probs is not None:
             for name, module in self.modalities.items():
                 self._replace(name, parts, getattr(module, "num_elements", None), batch_size)

@@ -354,7 +354,9 @@ def windows(x: Tensor, kernel: int, stride: int) -> Tensor:
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Zeros before and after, as TensorFlow's and JAX's SAME; the larger half goes after."""
-    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    total = kernel - stride + -size % stride
+    if kernel < stride:
+        total = max(total, 0)
     return total // 2, total - total // 2
 
 
