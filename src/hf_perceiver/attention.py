@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_perceiver_io import PerceiverIOConfig, check_heads
+from .products import apply
 from .tiled_attention import TILED, pays
 
 
@@ -71,7 +72,8 @@ class Attention(nn.Module):
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, C) -> keys (B, H, M, E), values (B, H, M, V)"""
-        return self._heads(self.k_proj(context), self.qk_head_dim), self._heads(self.v_proj(context), self.v_head_dim)
+        keys, values = apply(self.k_proj, context), apply(self.v_proj, context)
+        return self._heads(keys, self.qk_head_dim), self._heads(values, self.v_head_dim)
 
     def _heads(self, x: Tensor, head_dim: int) -> Tensor:
         # Counted here: under tensor parallelism each rank holds some of the heads.
@@ -91,7 +93,7 @@ class Attention(nn.Module):
         A row whose query is masked, or that has no valid key, gives the output bias alone.
         """
         batch = max(query.shape[0], key.shape[0], *(m.shape[0] for m in (key_mask, query_mask) if m is not None))
-        q = self._heads(self.q_proj(query), self.qk_head_dim).expand(batch, -1, -1, -1)
+        q = self._heads(apply(self.q_proj, query), self.qk_head_dim).expand(batch, -1, -1, -1)
         key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
         keep = None if query_mask is None else query_mask[..., None]  # (B, N, 1)
         mask = None
@@ -107,7 +109,7 @@ class Attention(nn.Module):
         out = out.flatten(2)  # (B, N, H * V)
         if keep is not None:
             out = out.masked_fill(~keep, 0.0)
-        return self.o_proj(out), weights
+        return apply(self.o_proj, out), weights
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Any]:
         if not q.shape[2]:  # no output point asked for; some backends refuse
@@ -140,7 +142,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(widening_factor * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.up_proj(x)))
+        return apply(self.down_proj, self.act(apply(self.up_proj, x)))
 
 
 class SelfAttentionLayer(GradientCheckpointingLayer):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .arrays import ArrayPart, InputArray
 from .attention import MLP, Attention, CrossAttentionLayer
 from .position_encoding import AxisCode, unravel
+from .products import apply, is_watched, product
 
 Linear = tuple[Tensor, Tensor]  # weight (K, E), bias (K,)
 
@@ -66,13 +67,6 @@ def can_replace(layer: CrossAttentionLayer, **kwargs: Any) -> bool:
         if weight is not None and not (plain and weight.is_floating_point()):
             return False
     return True
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether something hangs on the calls of a module."""
-    # transformers leaves its recorders in place; they see nothing unless attention maps are asked for.
-    hooks = [h for h in module._forward_hooks.values() if getattr(h, "__name__", "") != "output_capturing_hook"]
-    return bool(hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 
 
 def pays(layer: CrossAttentionLayer, fast: int, direct: int) -> bool:
@@ -356,7 +350,7 @@ def read(layer: CrossAttentionLayer, latents: Tensor, input_array: InputArray, *
         return None
     values = torch.stack(read_by_example)  # type: ignore[arg-type] # (B, heads * N, V / heads)
     values = values.unflatten(1, (heads, num_latents)).transpose(1, 2).flatten(2)  # (B, N, V)
-    attended = attention.o_proj(values.to(latents.dtype))
+    attended = apply(attention.o_proj, values.to(latents.dtype))
     x = latents + attended if layer.use_query_residual else attended
     return x + layer.mlp(layer.mlp_norm(x))
 
@@ -565,6 +559,7 @@ class FastWriter:
             return None
         read_out = ReadOut(self.layer, self.heads, linear)
         values = self.values if read_out.fold is None else F.linear(self.values, read_out.fold)
+        values = values.transpose(2, 3).contiguous()
         asked, offset = self.asked
         tile = WRITE_SCORES // (self.heads * self.num_latents)
         step = max(min(tile, limit or tile) // pieces.width, 1)
@@ -602,7 +597,7 @@ class FastWriter:
         read_out: "ReadOut",
         step: int,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """asked (H * N, C), offset (H * N,), values (H, N, V) of one example -> its answers (o, K), tile by tile"""
+        """asked (H * N, C), offset (H * N,), values (H, V, N) of one example -> its answers (o, K), tile by tile"""
         features = pieces.example(b)
         inverse_of = pieces.inverse_deviations(asked.shape[1], self.layer.query_norm.eps, self.wide)
         constant = asked.new_zeros(len(asked))
@@ -639,7 +634,7 @@ class FastWriter:
             weights = torch.softmax(scores.unflatten(1, by_head), dim=-1, out=weights.unflatten(1, by_head))
             if half_of_tile is not None:
                 weights = half_of_tile[: len(weights)].view(weights.shape).copy_(weights)
-            attended = (weights.transpose(0, 1) @ values).transpose(0, 1).flatten(1)  # (m, H * V)
+            attended = torch.cat([product(w, v) for w, v in zip(weights.unbind(1), values, strict=True)], dim=1)
             if pieces.mask is not None:
                 attended = attended.masked_fill(~pieces.mask[min(b, len(pieces.mask) - 1), tile, None], 0.0)
             query = None
@@ -698,7 +693,7 @@ class ReadOut:
 
     def __call__(self, attended: Tensor, query: Tensor | None) -> Tensor:
         if self.triangle is not None:
-            squares = F.linear(attended, *self.triangle).square_()
+            squares = product(attended, *self.triangle).square_()
             variance = squares.sum(-1, keepdim=True, dtype=wide_dtype(attended.dtype))
             inverse = torch.rsqrt(variance + self.eps).to(attended.dtype)
             into_hidden = torch.cat([attended * inverse, inverse], dim=-1)
@@ -706,7 +701,7 @@ class ReadOut:
             x = attended
         else:
             weight, bias = self.output
-            x = attended + bias if weight is None else F.linear(attended, weight, bias)
+            x = attended + bias if weight is None else product(attended, weight, bias)
             if query is not None:
                 x = x + query
             into_hidden = F.layer_norm(x, x.shape[-1:], eps=self.eps)
@@ -716,5 +711,5 @@ class ReadOut:
         hidden = torch.addmm(self.up_bias, into_hidden, up.T, out=self.buffer[: len(attended)])
         for some in hidden.split(max(ACTIVATED // hidden.shape[1], 1)):
             some.copy_(self.act(some))
-        out = F.linear(hidden, self.down, self.bias)
-        return out + (x if self.residual is None else F.linear(x, self.residual))
+        out = product(hidden, self.down, self.bias)
+        return out + (x if self.residual is None else product(x, self.residual))

@@ -25,12 +25,13 @@ from .attention import Attention, CrossAttentionLayer, SelfAttentionLayer
 from .checkpoint_weights import final_layer_renamings
 from .configuration_perceiver_io import PerceiverIOConfig
 from .custom_modules import import_custom_modules, note_custom_modules
-from .fast_attention import FastWriter, is_watched, read
+from .fast_attention import FastWriter, read
 from .losses import classification_loss
 from .output_queries import OutputQuery
 from .position_encoding import truncated_normal_
 from .postprocessors import Postprocessor  # noqa: F401 - fills the table
 from .preprocessors import Preprocessor, element_mask
+from .products import is_watched
 from .registry import OUTPUT_QUERIES, POSTPROCESSORS, PREPROCESSORS
 from .weight_init import align_positions, init_module
 

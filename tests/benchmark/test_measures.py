@@ -13,6 +13,7 @@ from hf_perceiver.benchmark import measures as benchmark_measures
 from hf_perceiver.benchmark.measures import count_bytes, count_flops, fill_rates, matmul_gflops, peak_products
 from hf_perceiver.benchmark.report import COUNTED
 from hf_perceiver.benchmark.workloads import choose, run_ours
+from hf_perceiver.products import apply
 
 
 def test_memory_is_what_a_run_holds_at_its_peak():
@@ -152,3 +153,10 @@ def test_tf32_is_a_switch():
             assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (on, on)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_products_by_onednn_are_counted():
+    """torch's counter does not know them: 200 rows of 5 channels to 6, a multiplication and an addition each."""
+    layer, x = torch.nn.Linear(5, 6), torch.randn(200, 5)
+    with torch.no_grad():
+        assert count_flops(lambda: apply(layer, x))[0] == 2 * 200 * 5 * 6

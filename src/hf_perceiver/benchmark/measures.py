@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,21 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from ..products import HAS_ONEDNN, product
 
 # A product (rows, inner) x (inner, columns).
 Product = tuple[int, int, int]
 # Large enough that starting a product costs nothing beside it.
 SQUARE = {"cpu": 2048, "cuda": 8192}
-# What torch counts for its GPU kernels only; shapes come in place of tensors.
-CPU_ATTENTION: dict[Any, Any] = {
+# What torch does not count: attention outside its GPU kernels, and oneDNN's products. Shapes come in place of tensors.
+UNCOUNTED: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda out, q, k, v, *_, **__: (
         sdpa_backward_flop_count(out, q, k, v)
     ),
 }
+if HAS_ONEDNN:
+    UNCOUNTED[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]
 
 
 def measure_seconds(run: Callable[[], Any], device: str) -> float:
@@ -88,7 +92,7 @@ def count_flops(run: Callable[[], Any]) -> tuple[int, Any]:
 
     A multiplication and an addition are two. Sums, exponentials and kernels of other packages are not seen.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with counter:
         returned = run()
     return counter.get_total_flops(), returned
@@ -96,11 +100,11 @@ def count_flops(run: Callable[[], Any]) -> tuple[int, Any]:
 
 @torch.inference_mode()
 def matmul_gflops(products: Sequence[Product], dtype: torch.dtype, device: str, runs: int = 5) -> float:
-    """The most GFLOP/s that one of these products, as a linear layer computes it, reaches in a few runs."""
+    """The most GFLOP/s that one of these products, as our linear layers compute it, reaches in a few runs."""
     best = 0.0
     for rows, inner, columns in products:
         x, weight = (torch.ones(n, inner, dtype=dtype, device=device) for n in (rows, columns))
-        seconds = min(measure_seconds(partial(F.linear, x, weight), device) for _ in range(runs))
+        seconds = min(measure_seconds(partial(product, x, weight), device) for _ in range(runs))
         best = max(best, 2e-9 * rows * inner * columns / seconds)
     return best
 
