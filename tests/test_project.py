@@ -25,6 +25,7 @@ LAYERS = [
         "stems",
         "arrays",
         "tiled_attention",
+        "products",
         "attention",
         "fast_attention",
         "checkpoint_names",

@@ -50,6 +50,7 @@ from .hub import save_with_code
 from .image_processing_perceiver_io import PerceiverIOFlowImageProcessor
 from .modeling_perceiver_io import Encoding, PerceiverIOModel, PerceiverIOPreTrainedModel
 from .output_queries import OutputQuery
+from .pipeline_fill_mask import PerceiverIOFillMaskPipeline, register_fill_mask
 from .pipeline_multimodal_autoencoding import MultimodalAutoencodingPipeline
 from .pipeline_optical_flow import OpticalFlowPipeline
 from .position_encoding import PositionEncoding
@@ -76,6 +77,7 @@ __all__ = [
     "InputArray",
     "MultimodalAutoencodingPipeline",
     "OpticalFlowPipeline",
+    "PerceiverIOFillMaskPipeline",
     "OutputQuery",
     "PerceiverIOConfig",
     "PerceiverIOFeatureExtractor",
@@ -172,6 +174,8 @@ def register() -> None:
         "pt": (AutoModelForPreTraining,),
         "type": "multimodal",
     }
+
+    register_fill_mask(PIPELINE_REGISTRY.supported_tasks["fill-mask"])
 
 
 register()
