@@ -655,8 +655,6 @@ class ReadOut:
     def __init__(self, layer: CrossAttentionLayer, heads: int, linear: Linear | None):
         attention, norm, mlp = layer.cross_attn, layer.mlp_norm, layer.mlp
         self.act = mlp.act
-        # The widest tensor of a tile, used again: fresh memory costs as much as a pass.
-        self.buffer: Tensor | None = None
         self.eps = norm.eps
         channels, v_channels = attention.o_proj.out_features, attention.o_proj.in_features
         dtype = norm.weight.dtype
@@ -679,7 +677,7 @@ class ReadOut:
             centred = torch.cat([output, w(attention.o_proj.bias)[:, None]], dim=1)
             centred = centred - centred.mean(0)  # (E, V + 1)
             triangle = torch.linalg.qr(centred, mode="r").R / math.sqrt(channels)
-            self.triangle = (triangle[:, :-1].to(dtype), triangle[:, -1].to(dtype))
+            self.triangle = (triangle[:, :-1].to(dtype).contiguous(), triangle[:, -1].to(dtype))
             self.hidden = (up @ centred).to(dtype)
             bias = bias + last @ w(attention.o_proj.bias)
             last = last @ output
@@ -706,9 +704,7 @@ class ReadOut:
                 x = x + query
             into_hidden = F.layer_norm(x, x.shape[-1:], eps=self.eps)
             up = self.up
-        if self.buffer is None or len(self.buffer) < len(attended):
-            self.buffer = attended.new_empty(len(attended), len(up))
-        hidden = torch.addmm(self.up_bias, into_hidden, up.T, out=self.buffer[: len(attended)])
+        hidden = product(into_hidden, up, self.up_bias)
         for some in hidden.split(max(ACTIVATED // hidden.shape[1], 1)):
             some.copy_(self.act(some))
         out = product(hidden, self.down, self.bias)
