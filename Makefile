@@ -13,6 +13,10 @@ export HF_HUB_OFFLINE := 1
 # Where WORKERS processes share the cores, each has one thread.
 test check: export OMP_NUM_THREADS ?= 1
 
+# torchao, which transformers imports where it is installed, names every GPU kernel that it cannot load.
+demo: export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
+demo: export TORCH_LOGS := -torch.utils
+
 .PHONY: demo test check slow venv format
 
 demo: venv

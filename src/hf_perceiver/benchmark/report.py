@@ -233,7 +233,7 @@ def draw_bars(figure: Any, rows: list[Row]) -> None:
     shared = ", ".join(word for word in words[0] if word in common)
     axes.set(xscale="log", xlabel=f"seconds ({shared})" if shared else "seconds")
     every = [row[field] for row in rows for field in ("seconds", "builtin_seconds") if row[field] is not None]
-    axes.set_xlim(10 ** math.floor(math.log10(min(every)) - 0.3), 3 * max(every))
+    axes.set_xlim(10 ** math.floor(math.log10(min(every)) - 0.3), 9 * max(every))
     figure.legend(loc="outside upper right", ncols=2, fontsize=8)
 
 
