@@ -9,8 +9,10 @@ from helpers import PIXELS, TINY, assert_same, config_of, fourier, grid, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_perceiver import PerceiverIOForOpticalFlow, PerceiverIOModel, fast_attention
-from hf_perceiver.fast_attention import FastWriter, can_replace, read
+from hf_perceiver import PerceiverIOForOpticalFlow, PerceiverIOModel, fast_reading, fast_writing
+from hf_perceiver.fast_attention import can_replace
+from hf_perceiver.fast_reading import read
+from hf_perceiver.fast_writing import FastWriter
 
 # Which of the tiny models have queries made of separable pieces to write. Every input can be read fast but points, whose
 # coordinates differ by example.
@@ -121,9 +123,9 @@ def test_the_tiles_do_not_matter(rows, monkeypatch):
     fast, direct = both(case)
     inputs = {"pixel_values": 3 * torch.randn(2, 2, 3, 9, 14).double()}
     want = answers(direct, inputs).logits
-    monkeypatch.setattr(fast_attention, "READ_ROWS", rows)
-    monkeypatch.setattr(fast_attention, "READ_ELEMENTS", 14 * rows)
-    monkeypatch.setattr(fast_attention, "WRITE_SCORES", 14 * 8 * rows)
+    monkeypatch.setattr(fast_reading, "READ_ROWS", rows)
+    monkeypatch.setattr(fast_reading, "READ_ELEMENTS", 14 * rows)
+    monkeypatch.setattr(fast_writing, "WRITE_SCORES", 14 * 8 * rows)
     assert_same(answers(fast, inputs).logits, want, rtol=0, atol=1e-11)
     assert_same(answers(fast, inputs, chunk_size=1).logits, want, rtol=0, atol=1e-11)
     assert_same(answers(fast, inputs, chunk_size=37).logits, want, rtol=0, atol=1e-11)
@@ -133,7 +135,7 @@ def test_a_softmax_that_grows_over_the_tiles_does_not_overflow(monkeypatch):
     """Scores of thousands, larger in each row of the image than in the one before."""
     case = flow_case()
     fast, direct = both(case)
-    monkeypatch.setattr(fast_attention, "READ_ELEMENTS", 14)
+    monkeypatch.setattr(fast_reading, "READ_ELEMENTS", 14)
     for model in (fast, direct):
         model.encoder.cross_attends[0].cross_attn.k_proj.weight.data *= 500
     inputs = {"pixel_values": torch.randn(2, 2, 3, 9, 14).double() * torch.arange(1.0, 10)[:, None]}

@@ -28,6 +28,8 @@ LAYERS = [
         "products",
         "attention",
         "fast_attention",
+        "fast_reading",
+        "fast_writing",
         "checkpoint_names",
         "checkpoint_weights",
     ],

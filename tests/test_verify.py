@@ -16,7 +16,7 @@ from parity.deepmind import MODELS, PARITY
 from safetensors.torch import load_file, save_file
 
 from conversion import convert_haiku, verify
-from hf_perceiver.fast_attention import FastWriter
+from hf_perceiver.fast_writing import FastWriter
 
 
 @pytest.fixture(scope="module")

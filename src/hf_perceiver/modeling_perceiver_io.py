@@ -25,7 +25,8 @@ from .attention import Attention, CrossAttentionLayer, SelfAttentionLayer
 from .checkpoint_weights import final_layer_renamings
 from .configuration_perceiver_io import PerceiverIOConfig
 from .custom_modules import import_custom_modules, note_custom_modules
-from .fast_attention import FastWriter, read
+from .fast_reading import read
+from .fast_writing import FastWriter
 from .losses import classification_loss
 from .output_queries import OutputQuery
 from .position_encoding import truncated_normal_

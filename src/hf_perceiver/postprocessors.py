@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from .arrays import QueryArray
 from .configuration_perceiver_io import PerceiverIOConfig
-from .fast_attention import Linear
+from .fast_writing import Linear
 from .losses import POINT_LOSSES
 from .preprocessors import check_modality_name
 from .products import is_watched

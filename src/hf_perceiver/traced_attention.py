@@ -20,7 +20,8 @@ from torch._higher_order_ops.scan import scan
 
 from .arrays import ArrayPart, InputArray, QueryArray
 from .attention import CrossAttentionLayer
-from .fast_attention import Linear, ReadOut, can_replace
+from .fast_attention import can_replace
+from .fast_writing import Linear, ReadOut
 from .modeling_perceiver_io import linear_read_out
 from .position_encoding import AxisCode
 from .preprocessors import TextPreprocessor

@@ -22,7 +22,9 @@ from hf_perceiver import (
     PerceiverIOForOpticalFlow,
     bundled_checkpoint,
 )
-from hf_perceiver.fast_attention import FastWriter, can_replace, read
+from hf_perceiver.fast_attention import can_replace
+from hf_perceiver.fast_reading import read
+from hf_perceiver.fast_writing import FastWriter
 from hf_perceiver.training.documentation import Document, Documentation
 from hf_perceiver.training.quantization import (
     SCHEMES,

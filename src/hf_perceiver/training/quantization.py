@@ -5,7 +5,7 @@ is that of one such measurement, the fastest of interleaved repeats. `--full-siz
 sizes with random weights: how far its logits move, and the time of 2,048 bytes.
 
 Only the latents' self-attention is quantised. Most of the time goes there, and the two large cross-attentions keep the
-cheaper forms of fast_attention.py, which need plain weights. Needs torchao for two of the schemes.
+cheaper forms of fast_reading.py and fast_writing.py, which need plain weights. Needs torchao for two of the schemes.
 """
 
 import argparse
