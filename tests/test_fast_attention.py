@@ -3,13 +3,16 @@
 In float64 the two differ by rounding alone, some 1e-15; a wrong term would show at 1e-2.
 """
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import PIXELS, TINY, assert_same, config_of, fourier, grid, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_perceiver import PerceiverIOForOpticalFlow, PerceiverIOModel, fast_reading, fast_writing
+from hf_perceiver import InputArray, PerceiverIOForOpticalFlow, PerceiverIOModel, fast_reading, fast_writing
 from hf_perceiver.fast_attention import can_replace
 from hf_perceiver.fast_reading import read
 from hf_perceiver.fast_writing import FastWriter
@@ -144,6 +147,37 @@ def test_a_softmax_that_grows_over_the_tiles_does_not_overflow(monkeypatch):
     assert_same(got.last_hidden_state, want.last_hidden_state, rtol=0, atol=1e-9)
 
 
+def test_a_softmax_that_grows_from_one_modality_to_the_next_keeps_what_came_before():
+    """The first modality's sums are on the shift of its own maximum, beyond the range of float32's weights by the last."""
+    case = tiny("multimodal")
+    fast, direct = both(case)
+    for model in (fast, direct):
+        layer = model.encoder.cross_attends[0]
+        # What tells modalities apart, trained padding, decides by little; so the keys are large where it is read.
+        layer.cross_attn.k_proj.weight.data *= 60
+    inputs = in_double(case.inputs(batch=3))
+    with torch.no_grad():
+        array = fast.preprocessor(inputs["inputs"], None)
+        # Each order in turn: in one of them every modality comes after one with lower scores.
+        for names in itertools.permutations(array.parts):
+            ordered = InputArray({name: array.parts[name] for name in names})
+            assert_same(fast.encoder(ordered), direct.encoder(ordered), rtol=0, atol=1e-9)
+
+
+def test_float16_weights_that_grow_do_not_overflow(monkeypatch):
+    """Up to 2^60 over the first tile's maximum, where float16 ends at 2^16."""
+    case = flow_case()
+    fast, exact = both(case, torch.float16)[0], both(case)[1]
+    exact.load_state_dict(fast.state_dict())
+    monkeypatch.setattr(fast_reading, "READ_ELEMENTS", 14)
+    for model in (fast, exact):
+        model.encoder.cross_attends[0].cross_attn.k_proj.weight.data *= 30
+    inputs = {"pixel_values": (torch.randn(2, 2, 3, 9, 14) * torch.arange(1.0, 10)[:, None]).half()}
+    got, want = answers(fast, inputs).last_hidden_state, answers(exact, in_double(inputs)).last_hidden_state
+    assert torch.isfinite(got).all()
+    assert (got - want).norm() / want.norm() < 2e-2
+
+
 def test_features_far_from_zero_lose_no_more_than_the_direct_form_does():
     """LayerNorm's variance from sums of squares would lose all digits: 1e4 squared against 1, in float32."""
     case = flow_case()
@@ -194,6 +228,30 @@ def test_modalities_masked_missing_and_replaced_share_one_softmax(taken):
         got, want = (answers(model, {"inputs": given}, **kwargs).logits for model in (fast, direct))
         assert_same(got, want, rtol=0, atol=1e-11)
     assert taken["read"] == 2
+
+
+@pytest.mark.parametrize("which", ["some", "all", "none", "all of one example"])
+def test_elements_that_a_token_stands_in_for_are_read_as_the_token(which):
+    """Random elements, a whole modality (one element that counts 12 times), none; with a mask and without."""
+    case = tiny("multimodal")
+    fast, direct = both(case)
+    inputs = in_double(case.inputs(batch=3))["inputs"]
+    for masked in (False, True):
+        results = []
+        for model in (fast, direct):
+            with torch.no_grad():
+                array = model.preprocessor(inputs, None)
+                part = array.parts["image"]
+                torch.manual_seed(1)
+                replaced = torch.rand(3, part.length) < 0.5
+                replaced = {"some": replaced, "all": replaced | True, "none": replaced & False}.get(which, replaced)
+                if which == "all of one example":
+                    replaced = (torch.arange(3) == 1)[:, None].expand(-1, part.length)
+                token = torch.linspace(-1, 1, model.preprocessor.channels, dtype=torch.float64)
+                mask = torch.rand(3, part.length) < 0.7 if masked else None
+                array.parts["image"] = replace(part, token=token, replaced=replaced, mask=mask)
+                results.append(model.encoder(array))
+        assert_same(*results, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["video", "flow", "audio"])

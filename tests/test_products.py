@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import config_of
 from torch import nn
 
 from hf_perceiver import products
+from hf_perceiver.attention import SelfAttentionLayer
 from hf_perceiver.products import apply, product, suits_onednn
 
 
@@ -96,3 +98,14 @@ def test_what_torch_lacks_or_has_switched_off_is_not_asked(monkeypatch):
         monkeypatch.setattr(products, "HAS_ONEDNN", False)
         assert not suits_onednn(x, weight)
         torch.testing.assert_close(product(x, weight), F.linear(x, weight))
+
+
+def test_the_layers_of_a_model_multiply_by_it(asked):
+    """Four projections and the MLP's two, of 130 latents; with gradients none."""
+    layer = SelfAttentionLayer(config_of(d_latents=16, self_attention_widening_factor=2)).eval()
+    latents = torch.randn(1, 130, 16)
+    wanted = layer(latents)
+    assert not asked
+    with torch.no_grad():
+        torch.testing.assert_close(layer(latents), wanted)
+    assert sorted(asked) == [(1, 130, 16)] * 5 + [(1, 130, 32)]
