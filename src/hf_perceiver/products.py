@@ -1,7 +1,7 @@
-"""Linear maps at inference on the CPU, by the faster of the two libraries that torch is built with.
+"""Linear maps at inference on the CPU by oneDNN, one of the two libraries that torch is built with.
 
-torch gives float32 products to MKL, which is slower than oneDNN on processors that are not Intel's: of the shapes of the
-released models by 5 to 20 % on an AMD EPYC, see docs/performance.md. Both round as float32 does, in another order.
+torch gives float32 products to the other, MKL, which on an AMD EPYC is 3 to 21 % slower at the shapes of the released models,
+see docs/performance.md; on Intel's processors they were not compared. Both round as float32 does, in another order.
 """
 
 from typing import Any
