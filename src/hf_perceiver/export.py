@@ -302,15 +302,18 @@ def example_of_one(inputs: Sequence[Input]) -> dict[str, Any]:
 
 
 def sizes_to_check(inputs: Sequence[Input]) -> list[tuple[str, dict[str, int]]]:
-    """Two sets of sizes, with a name: what the model is made for, one example; and about half of it, three examples."""
-    whole = {axis.name: axis.size for axis in axes_of(inputs).values()}
-    other = dict(whole)
-    for axis in axes_of(inputs).values():
+    """Sets of sizes, with a name: what the model is made for, one example; about half of it, three examples; the least."""
+    axes = axes_of(inputs)
+    whole = {name: axis.size for name, axis in axes.items()}
+    half, least = dict(whole), dict(whole)
+    for name, axis in axes.items():
         if axis.dynamic:
-            other[axis.name] = max(axis.least, (axis.size // 2 + 1) // axis.multiple * axis.multiple)
-    if axes_of(inputs)["batch"].dynamic:
-        whole["batch"], other["batch"] = 1, 3
-    return [(", ".join(f"{name} {size}" for name, size in sizes.items()), sizes) for sizes in (whole, other)]
+            half[name] = max(axis.least, (axis.size // 2 + 1) // axis.multiple * axis.multiple)
+            least[name] = axis.least
+    if axes["batch"].dynamic:
+        whole["batch"], half["batch"] = 1, 3
+    named = {", ".join(f"{name} {size}" for name, size in sizes.items()): sizes for sizes in (whole, half, least)}
+    return list(named.items())
 
 
 def write_onnx(

@@ -330,6 +330,8 @@ def space_to_depth(x: Tensor, block: Sequence[int]) -> Tensor:
     check_divides(grid, block)
     d = len(grid)
     split = [size for n, b in zip(grid, block, strict=True) for size in (n // b, b)]
+    # Whether other strides can be split may depend on the batch size, which a traced program then checks.
+    x = x.contiguous() if torch.compiler.is_compiling() else x
     x = x.reshape(x.shape[0], *split, x.shape[-1])
     outer, inner = [1 + 2 * i for i in range(d)], [2 + 2 * i for i in range(d)]
     return x.permute(0, *outer, *inner, 2 * d + 1).flatten(d + 1)
