@@ -27,9 +27,10 @@ from hf_perceiver import (
     export,
     traced_attention,
 )
+from hf_perceiver.benchmark.workloads import WORKLOADS, redraw
 from hf_perceiver.export import Mismatch, export_model, largest_error, load, main, sizes_to_check
 from hf_perceiver.export_inputs import axes_of, choose_axes, inputs_of
-from hf_perceiver.position_encoding import from_end_to_end
+from hf_perceiver.position_encoding import FourierPositionEncoding, linspace
 
 # What is traced takes as long as it is deep.
 SHORT = {"num_blocks": 1, "num_self_attends_per_block": 1}
@@ -203,13 +204,44 @@ def test_parts_of_ones_own_are_refused():
         inputs_of(model)
 
 
-def test_coordinates_are_the_same_while_traced(monkeypatch):
-    numbers = [1, 2, 3, 7, 16, 56, 224, 368, 496, 1024, 30_720]
-    want = [from_end_to_end(n, torch.device("cpu")) for n in numbers]
+def test_coordinates_and_bands_are_the_same_while_traced(monkeypatch):
+    cpu = torch.device("cpu")
+    lines = [(-1.0, 1.0, n) for n in (1, 2, 3, 7, 16, 56, 224, 368, 496, 1024, 30_720)]
+    # Bands of the released models, audio's among them, and others.
+    lines += [(1.0, n / 2, bands) for n in (2, 7, 224, 368, 496, 999, 30_720) for bands in (1, 2, 7, 64, 192, 256)]
+    want = [linspace(*line, cpu) for line in lines]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for n, coordinates in zip(numbers, want, strict=True):
+    for line, numbers in zip(lines, want, strict=True):
         # Bit for bit, for a frequency of hundreds makes much of the last bit.
-        assert torch.equal(from_end_to_end(n, torch.device("cpu")), coordinates), n
+        assert torch.equal(linspace(*line, cpu), numbers), line
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("resolution", [[30_720], [16, 56, 56], None])
+def test_positions_are_as_exact_in_onnxruntime(resolution, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Positions(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoding = FourierPositionEncoding(
+                num_bands=64, max_resolution=resolution, num_axes=len(resolution or [1])
+            )
+
+        def forward(self, x):
+            return tuple(table for _, table in self.encoding.encode(x.shape, device=x.device, dtype=x.dtype).blocks)
+
+    positions, given = Positions(), torch.zeros([9, 7, 12][: len(resolution or [1])])
+    sizes = ({i: torch.export.Dim(f"size{i}", min=2) for i in range(given.ndim)},)
+    program = torch.export.export(positions, (given,), dynamic_shapes=sizes, strict=True)
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    for shape in ((9, 7, 12), (16, 56, 40)):
+        given = torch.zeros(shape[: given.ndim])
+        tables = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+        for table, want in zip(tables, positions(given), strict=True):
+            # A last bit of the highest band, 15,360, would turn its sine by 3e-3.
+            torch.testing.assert_close(torch.from_numpy(table), want, rtol=0, atol=1.2e-7)
 
 
 # Files. Each is compared with the model, at one example, at three of other sizes, and at the least, before it is there.
@@ -281,6 +313,15 @@ def test_masks_may_be_inputs_or_not(name, masks, tmp_path):
 @pytest.mark.parametrize("name", ["digits", "language", "flow", "video"])
 def test_bundled_checkpoints_are_exported(name, tmp_path):
     check_written(export_model(load(bundled_checkpoint(name)), tmp_path / "x.onnx"), tmp_path / "x.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if "-60" not in name])
+def test_released_models_are_exported_at_full_size(name, tmp_path):
+    torch.manual_seed(0)
+    model = WORKLOADS[name].ours()
+    redraw(model)  # those it starts with would hide what is wrong
+    check_written(export_model(model, tmp_path / "x.onnx"), tmp_path / "x.onnx")
 
 
 @pytest.mark.medium

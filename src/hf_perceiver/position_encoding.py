@@ -259,7 +259,7 @@ class FourierPositionEncoding(PositionEncoding):
         angles = []
         for axis in range(self.num_axes):
             resolution = self.max_resolution[axis] if self.max_resolution is not None else grid[axis]  # type: ignore[index]
-            bands = torch.linspace(1.0, resolution / 2, self.num_bands, device=device, dtype=torch.float32)
+            bands = linspace(1.0, resolution / 2, self.num_bands, device)
             angles.append(math.pi * (coordinate(axis)[..., None] * bands))
         blocks = [(axis, coordinate(axis)[..., None]) for axis in range(self.num_axes)] if self.concat_pos else []
         # Other runtimes are not exact in float32 for angles of hundreds.
@@ -271,7 +271,7 @@ class FourierPositionEncoding(PositionEncoding):
 
     def _axis_coordinates(self, axis: int, n: int, device: torch.device) -> Tensor:
         if self.rule == "dense":
-            return from_end_to_end(n, device)
+            return linspace(-1.0, 1.0, n, device)
         # DeepMind divides by n, not n - 1: the last point never reaches +1, and the weights were trained so.
         steps = n if self.rule == "sampled" else self.max_resolution[axis]  # type: ignore[index]
         if n > steps:
@@ -427,15 +427,19 @@ def truncated_normal_(tensor: Tensor, std: float) -> None:
     init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 
 
-def from_end_to_end(n: int, device: torch.device) -> Tensor:
-    """linspace(-1, 1, n), of a number that is being traced as well, which torch's own would fix."""
+def linspace(start: float, stop: float, n: int, device: torch.device) -> Tensor:
+    """torch.linspace in float32, also of numbers that are being traced, which torch's own would fix.
+
+    Traced, it rounds as torch's does outside. Others do not: angles of the released audio bands, 48,000, would be off by
+    0.004.
+    """
     if not torch.compiler.is_compiling():
-        return torch.linspace(-1.0, 1.0, n, device=device, dtype=torch.float32)
+        return torch.linspace(start, stop, n, device=device, dtype=torch.float32)
     index = torch.arange(n, device=device, dtype=torch.float64)
     last = index[-1:].clamp(min=1)
     # As torch's own rounds: a step in float32, which is fused with what it is multiplied by, from both ends to the middle.
-    step = (2 / last).to(torch.float32).to(torch.float64)
-    return torch.where(2 * index + 1 <= last, -1 + step * index, 1 - step * (last - index)).to(torch.float32)
+    step = ((stop - start) / last).to(torch.float32).to(torch.float64)
+    return torch.where(2 * index + 1 <= last, start + step * index, stop - step * (last - index)).to(torch.float32)
 
 
 def unravel(points: Tensor, grid: Grid) -> list[Tensor]:
