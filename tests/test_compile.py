@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, tensors, tiny
-from test_heads_multimodal import HEADS as MEDIA
 from test_heads_multimodal import classifier
 
 from hf_perceiver import (
@@ -58,6 +57,23 @@ def frames(channels: int) -> Callable[..., dict[str, Any]]:
     return lambda batch, height, width: {"pixel_values": torch.randn(batch, 2, channels, height, width)}
 
 
+def sound(batch: int, samples: int) -> dict[str, Any]:
+    return {"input_values": torch.randn(batch, samples, 1)}
+
+
+def spectrogram(batch: int, time: int) -> dict[str, Any]:
+    return {"input_features": torch.randn(batch, time, 4)}
+
+
+def video(batch: int, frames: int, height: int, width: int) -> dict[str, Any]:
+    return {"pixel_values": torch.randn(batch, frames, 3, height, width)}
+
+
+def clip(batch: int, samples: int, frames: int, height: int, width: int) -> dict[str, Any]:
+    inputs = {"audio": torch.randn(batch, samples, 1), "image": torch.randn(batch, frames, 3, height, width)}
+    return {"inputs": inputs}
+
+
 def of(case: str, head: type, **changes: Any) -> Callable[[], Any]:
     return lambda: tiny(case).model(head, num_self_attends_per_block=1, **changes)
 
@@ -96,13 +112,21 @@ CASES = {
     ),
     "autoencoding": Compiled(
         of("multimodal", PerceiverIOForMultimodalAutoencoding),
-        lambda batch: tiny("multimodal").inputs(batch),
-        [(3,), (4,), (5,)],
+        clip,
+        [(3, 20, 4, 6, 8), (4, 16, 3, 8, 6), (5, 12, 2, 4, 6)],
     ),
-    **{
-        f"classes-of-{name}": Compiled(partial(classifier, name), MEDIA[name][2], [(3,), (4,), (5,)])
-        for name in ("samples", "video", "both")
-    },
+    "classes-of-sound": Compiled(partial(classifier, "samples"), sound, [(3, 20), (4, 24), (5, 12)]),
+    "classes-of-log-mel": Compiled(partial(classifier, "log-mel"), spectrogram, [(3, 5), (4, 7), (5, 3)]),
+    "classes-of-video": Compiled(
+        partial(classifier, "video"),
+        video,
+        [(3, 4, 6, 4), (4, 6, 8, 10), (5, 8, 4, 6)],
+    ),
+    "classes-of-both": Compiled(
+        partial(classifier, "both"),
+        clip,
+        [(3, 20, 4, 6, 4), (4, 24, 6, 8, 10), (5, 12, 8, 4, 6)],
+    ),
     "points": Compiled(
         of("bare_points", PerceiverIOForImageClassification),
         lambda batch, points: {"inputs": torch.rand(batch, points, 2) * 2 - 1},
