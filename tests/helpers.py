@@ -6,6 +6,7 @@ outputs = model(**case.inputs(batch=3))
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
 from hf_perceiver import (
     PerceiverIOConfig,
@@ -28,6 +30,13 @@ from hf_perceiver import (
 )
 
 VOCAB, LENGTH = 30, 12
+
+# The later name of gradient checkpointing in transformers, or the one that is going.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in inspect.signature(TrainingArguments).parameters
+)
 
 
 @dataclass

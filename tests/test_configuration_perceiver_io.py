@@ -360,3 +360,11 @@ def test_no_field_is_taken_for_a_nested_config():
     config = config_of()
     assert config.get_text_config() is config
     assert config.get_text_config(decoder=True) is config
+
+
+def test_what_transformers_adds_to_the_plan_of_tensor_parallelism_is_left_out():
+    """5.17 sets it on every config with tied embeddings, with a name that is in none of our models."""
+    config = config_of()
+    plan = config.base_model_tp_plan
+    config.base_model_tp_plan = {**plan, "embed_tokens": "embedding_rowwise"}
+    assert config.base_model_tp_plan == plan

@@ -19,7 +19,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from helpers import head_inputs, tiny
+from helpers import CHECKPOINTING, head_inputs, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
-from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
 from hf_perceiver import (
     PerceiverIOForImageClassification,
@@ -36,6 +35,11 @@ from hf_perceiver import (
 )
 from hf_perceiver.attention import CrossAttentionLayer, SelfAttentionLayer
 from hf_perceiver.training.modalities import ModalityCollator
+
+try:
+    from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+except ImportError:  # transformers 5.17
+    from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
 
 ROOT = Path(__file__).parent.parent
 # What is to be sharded: text with a shared embedding, an image that is read several times, several modalities.
@@ -180,8 +184,8 @@ def worker_ddp(folder: str) -> None:
     trainer = Trainer(model=start("masked_lm"), args=arguments(folder, per_device_eval_batch_size=1))
     result = trainer.predict(unequal_texts())
     facts["predictions"], facts["label_ids"] = result.predictions.tolist(), result.label_ids.tolist()
-    write(folder, "checkpointed", train("masked_lm", folder, activation_checkpointing=True).model)
-    missing = {"activation_checkpointing": True, "ddp_find_unused_parameters": True}
+    write(folder, "checkpointed", train("masked_lm", folder, **{CHECKPOINTING: True}).model)
+    missing = {CHECKPOINTING: True, "ddp_find_unused_parameters": True}
     write(folder, "checkpointed_missing", train("multimodal", folder, **missing).model)
     write(folder, "frozen", train("masked_lm", folder, frozen()).model)
     write_facts(folder, facts)

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from helpers import (
+    CHECKPOINTING,
     CLASSES,
     HEADS,
     LENGTH,
@@ -412,9 +413,7 @@ NO_GRADIENT = {
 
 
 def checkpoint(model, options=None):
-    # Its name from transformers 5.2x on; the older one is going.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options)
+    getattr(model, f"{CHECKPOINTING}_enable")(options)
 
 
 def backward(model, given):

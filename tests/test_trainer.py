@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PIXELS, config_of, enlarge, fourier, grid, head_inputs, tiny
+from helpers import CHECKPOINTING, PIXELS, config_of, enlarge, fourier, grid, head_inputs, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -320,7 +320,7 @@ def assert_same_step(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def test_four_batches_of_two_give_the_gradient_of_one_batch_of_eight(name, tmp_path):
     """And so does gradient checkpointing. Batch norm sees the examples of one batch alone, and differs."""
     whole = gradient(name, tmp_path)
-    assert_same_step(gradient(name, tmp_path, activation_checkpointing=True), whole)
+    assert_same_step(gradient(name, tmp_path, **{CHECKPOINTING: True}), whole)
     if name != "image_conv":
         assert_same_step(gradient(name, tmp_path, 2, 4), whole)
 

@@ -195,6 +195,10 @@ class PerceiverIOConfig(PretrainedConfig):
         """How tensor parallelism splits the latents' own layers, by heads and columns; the rest is small, and on all."""
         return {f"{layer}.{name}": style for layer in self._latent_layers() for name, style in TENSOR_PARALLEL.items()}
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """Nothing: transformers 5.17 would add `embed_tokens`, which there is none of."""
+
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
         """What FSDP gathers one after the other; what is in none of these is a group of its own, with the model."""

@@ -262,11 +262,13 @@ class FourierPositionEncoding(PositionEncoding):
             bands = linspace(1.0, resolution / 2, self.num_bands, device)
             angles.append(math.pi * (coordinate(axis)[..., None] * bands))
         blocks = [(axis, coordinate(axis)[..., None]) for axis in range(self.num_axes)] if self.concat_pos else []
-        # Other runtimes are not exact in float32 for angles of hundreds.
-        exact = torch.float64 if torch.compiler.is_exporting() else torch.float32
-        blocks += [(axis, torch.sin(angle.to(exact)).to(torch.float32)) for axis, angle in enumerate(angles)]
+        if exporting := torch.compiler.is_exporting():
+            # Other runtimes are not exact in float32 for angles of hundreds, and some have no cosine in float64.
+            angles = [angle.to(torch.float64) for angle in angles]
+        sines, cosines = [torch.sin(angle) for angle in angles], []
         if not self.sine_only:
-            blocks += [(axis, torch.cos(angle.to(exact)).to(torch.float32)) for axis, angle in enumerate(angles)]
+            cosines = [torch.sin(angle + math.pi / 2) if exporting else torch.cos(angle) for angle in angles]
+        blocks += [(axis, wave.to(torch.float32)) for waves in (sines, cosines) for axis, wave in enumerate(waves)]
         return blocks
 
     def _axis_coordinates(self, axis: int, n: int, device: torch.device) -> Tensor:

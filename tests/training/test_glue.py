@@ -58,7 +58,7 @@ def command(output, *options: str, steps: int = 2) -> dict[str, float]:
     return glue.main(["--output_dir", str(output), *fixed.split(), "--use_cpu", "--disable_tqdm", "True", *options])
 
 
-def setup(language: str, variant: str, tasks=tuple(TASKS)):
+def opened(language: str, variant: str, tasks=tuple(TASKS)):
     """(model, tokenizer, first tokens) as the command opens them."""
     arguments = ModelArguments(model=language)
     config = glue.source_config(arguments)
@@ -266,7 +266,7 @@ def test_a_set_is_measured_as_the_task_that_its_ids_say():
 
 
 def test_task_tokens_begin_as_the_shared_one(language):
-    model, tokenizer, first = setup(language, "task_token")
+    model, tokenizer, first = opened(language, "task_token")
     assert first == {name: 262 + index for index, name in enumerate(TASKS)}
     assert model.config.vocab_size == len(tokenizer) == 270
     weight = model.get_input_embeddings().weight
@@ -275,15 +275,15 @@ def test_task_tokens_begin_as_the_shared_one(language):
 
 
 def test_a_trained_multitask_model_keeps_its_tasks_and_variant(language, tmp_path):
-    model, tokenizer, _ = setup(language, "query", ("CoLA", "RTE"))
+    model, tokenizer, _ = opened(language, "query", ("CoLA", "RTE"))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again, _, _ = setup(str(tmp_path), "query", ("RTE",))
+    again, _, _ = opened(str(tmp_path), "query", ("RTE",))
     assert again.tasks == ["CoLA", "RTE"]
     with pytest.raises(ValueError, match="the model's tasks are CoLA, RTE, with other classes or without MNLI"):
-        setup(str(tmp_path), "query", ("RTE", "MNLI"))
+        opened(str(tmp_path), "query", ("RTE", "MNLI"))
     with pytest.raises(ValueError, match="made for --variant query, not shared_token"):
-        setup(str(tmp_path), "shared_token", ("RTE",))
+        opened(str(tmp_path), "shared_token", ("RTE",))
 
 
 def test_fresh_weights_of_the_papers_architectures_come_with_the_byte_tokenizer():

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import config_of, fourier, grid, tiny
+from helpers import CHECKPOINTING, config_of, fourier, grid, tiny
 from torch.profiler import ProfilerActivity, profile
 
 from hf_perceiver import PerceiverIOConfig, PerceiverIOModel, recipes
@@ -45,7 +45,7 @@ def given_out(config: PerceiverIOConfig, batch_size: int, attention: str, checkp
     model = PerceiverIOModel(config).train()
     model.set_attn_implementation(attention)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     inputs = example_inputs(model, config.preprocessor, batch_size)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
